@@ -1,0 +1,141 @@
+"""Which layers of a model does ``target_modules`` mean? The rules are PEFT's; lesson 04 walks through them.
+
+A list matches whole name segments from the right: ``"q_proj"`` matches ``model.layers.0.self_attn.q_proj`` but not
+``eq_proj``. A string is a regular expression that must match the full name, except the word ``"all-linear"``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+# What PEFT adapts when target_modules is None, for the families that the lessons meet.
+DEFAULT_TARGETS: dict[str, list[str]] = {
+    "llama": ["q_proj", "v_proj"],
+    "mistral": ["q_proj", "v_proj"],
+    "qwen2": ["q_proj", "v_proj"],
+    "gpt2": ["c_attn"],
+    "gpt_neox": ["query_key_value"],
+    "chatglm": ["query_key_value"],
+    "opt": ["q_proj", "v_proj"],
+    "bert": ["query", "value"],
+    "roberta": ["query", "value"],
+    "deberta-v2": ["query_proj", "value_proj"],
+    "t5": ["q", "v"],
+}
+CLASSIFIER_HEADS = ("score", "classifier")
+
+
+def matches_names(patterns: str | Iterable[str] | None, name: str) -> bool:
+    """Whether ``name`` is meant by a regular expression (full match) or by a list of name endings."""
+    if not patterns:
+        return False
+    if isinstance(patterns, str):
+        return re.fullmatch(patterns, name) is not None
+    return any(name == pattern or name.endswith("." + pattern) for pattern in patterns)
+
+
+def layer_index(name: str, layers_pattern: str | Sequence[str] | None = None) -> int | None:
+    """The first number in a dotted name: 3 for ``model.layers.3.mlp.up_proj``; None where there is none.
+
+    With ``layers_pattern`` only a number that follows one of these names counts (``"layers"``, ``"h"``).
+    """
+    if not layers_pattern:
+        found = re.match(r".*?\.[^.]*\.(\d+)\.", name)
+        return int(found[1]) if found else None
+    for pattern in [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern:
+        if found := re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name):
+            return int(found[1])
+    return None
+
+
+def is_target(
+    name: str,
+    target_modules: str | Iterable[str],
+    exclude_modules: str | Iterable[str] | None = None,
+    modules_to_save: Iterable[str] | None = None,
+    layers_to_transform: int | Sequence[int] | None = None,
+    layers_pattern: str | Sequence[str] | None = None,
+) -> bool:
+    """Whether the module called ``name`` is to be adapted. ``"all-linear"`` must have been expanded before.
+
+    Excluded modules, and everything inside ``modules_to_save``, never match. ``layers_to_transform`` narrows a list
+    of targets down to some layers; as in PEFT it does not touch a regular expression, nor a target given by its
+    full name.
+    """
+    if matches_names(exclude_modules, name):
+        return False
+    if any(re.match(rf"(^|.*\.){re.escape(saved)}($|\..*)", name) for saved in modules_to_save or ()):
+        return False
+    if isinstance(target_modules, str):
+        return re.fullmatch(target_modules, name) is not None
+    targets = set(target_modules)
+    if name in targets:
+        return True
+    if not matches_names(targets, name):
+        return False
+    if layers_to_transform is None or layers_to_transform == []:
+        return True
+    wanted = [layers_to_transform] if isinstance(layers_to_transform, int) else layers_to_transform
+    return layer_index(name, layers_pattern) in wanted
+
+
+def expand_targets(
+    target_modules: str | Iterable[str] | None,
+    model: nn.Module,
+    modules: dict[str, nn.Module],
+    task_type: str | None = None,
+) -> str | list[str]:
+    """Turn None and ``"all-linear"`` into explicit targets; everything else passes through.
+
+    Args:
+        model: the model whose family and output head are looked up.
+        modules: its modules by original name.
+        task_type: ``"SEQ_CLS"`` keeps the classification head out of ``"all-linear"``, as PEFT does.
+
+    Raises:
+        ValueError: None for a model family without default targets.
+    """
+    if target_modules is None:
+        family = getattr(getattr(model, "config", None), "model_type", None)
+        if family not in DEFAULT_TARGETS:
+            raise ValueError(
+                f"target_modules=None: there are no default targets for model type {family!r}; "
+                f'name the layers to adapt, for example target_modules="all-linear" or {linear_endings(modules)[:4]}'
+            )
+        return DEFAULT_TARGETS[family]
+    if not isinstance(target_modules, str):
+        return list(target_modules)
+    if target_modules.lower() != "all-linear":
+        return target_modules
+    head = output_head(model, task_type)
+    return [name for name, module in modules.items() if isinstance(module, nn.Linear | Conv1D) and module is not head]
+
+
+def output_head(model: Any, task_type: str | None = None) -> nn.Module | None:
+    """The layer that ``"all-linear"`` leaves out: the language-model head, or a classifier with ``"SEQ_CLS"``."""
+    if not hasattr(model, "get_output_embeddings"):
+        return None
+    head = model.get_output_embeddings()
+    if head is None and task_type == "SEQ_CLS":
+        head = next((getattr(model, name) for name in CLASSIFIER_HEADS if hasattr(model, name)), None)
+    return getattr(head, "frozen", head)  # the plain layer, if the head is adapted already
+
+
+def linear_endings(modules: dict[str, nn.Module]) -> list[str]:
+    """The last segments of the names of all linear layers, each once, in the model's order."""
+    linear = (name for name, module in modules.items() if isinstance(module, nn.Linear | Conv1D))
+    return list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in linear))
+
+
+def near_names(wanted: str | Iterable[str], modules: dict[str, nn.Module]) -> list[str]:
+    """Names in the model that look like what was asked for: for error messages."""
+    endings = list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in modules if name))
+    asked = [wanted] if isinstance(wanted, str) else list(wanted)
+    near = [hit for name in asked for hit in difflib.get_close_matches(name.rsplit(".", 1)[-1], endings, n=3)]
+    return list(dict.fromkeys(near)) or linear_endings(modules)[:8]

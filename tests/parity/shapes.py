@@ -1,0 +1,109 @@
+"""Small random models of the three shapes that the parity tests use, and the bridge from PEFT's tensors to ours."""
+
+import copy
+import warnings
+
+import peft
+import torch
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from lora_edu import LoraConfig, inject
+from lora_edu.adapter import adapter_layers
+from lora_edu.extras import adapter_state
+
+TARGETS = {
+    "llama": ["q_proj", "v_proj", "down_proj"],
+    "gpt2": ["c_attn", "c_fc"],
+    "bert": ["query", "value", "intermediate.dense"],
+}
+
+
+def tiny_model(shape, dtype=torch.float64, seed=0, **settings):
+    """A random Llama-, GPT-2- or BERT-shaped model with in ≠ out in some layers and no dropout of its own."""
+    torch.manual_seed(seed)
+    if shape == "llama":
+        config = LlamaConfig(
+            vocab_size=61, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, attention_bias=True, mlp_bias=True, **settings,
+        )  # fmt: skip
+        model = LlamaForCausalLM(config)
+    elif shape == "gpt2":
+        config = GPT2Config(
+            vocab_size=61, n_embd=24, n_layer=2, n_head=4, n_positions=32, attn_pdrop=0, embd_pdrop=0, resid_pdrop=0,
+            **settings,
+        )  # fmt: skip
+        model = GPT2LMHeadModel(config)
+    else:
+        config = BertConfig(
+            vocab_size=61, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
+            hidden_dropout_prob=0, attention_probs_dropout_prob=0, num_labels=3, **settings,
+        )  # fmt: skip
+        model = BertForSequenceClassification(config)
+    for name, parameter in model.named_parameters():  # biases start at zero: make them matter
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model.to(dtype).train()
+
+
+def batch_for(shape, model, seed=1):
+    """Embedded inputs (so that a gradient of x exists) and labels."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, 61, (3, 7), generator=generator)
+    x = model.get_input_embeddings()(ids).detach().clone().requires_grad_(True)
+    labels = torch.randint(0, 3, (3,), generator=generator) if shape == "bert" else ids
+    return {"inputs_embeds": x, "labels": labels}
+
+
+def pair(shape, dtype=torch.float64, targets=None, model_settings=None, seed=0, **options):
+    """(our model, PEFT's model) from one base, with the same random A and B (both away from zero)."""
+    targets = TARGETS[shape] if targets is None else targets
+    base = tiny_model(shape, dtype, seed, **(model_settings or {}))
+    ours, theirs = base, copy.deepcopy(base)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = peft.get_peft_model(
+            theirs, peft.LoraConfig(target_modules=targets, init_lora_weights=False, **options)
+        )
+    inject(ours, LoraConfig(target_modules=targets, **options))
+    theirs.train()
+    ours.train()
+    take_values(ours, theirs)
+    return ours, theirs
+
+
+def their_parameters(ours, theirs):
+    """{our parameter's key: (our parameter, PEFT's)} for everything that trains."""
+    modules = dict(theirs.base_model.model.named_modules())
+    pairs = {}
+    for name, layer in adapter_layers(ours).items():
+        lora = modules[name]
+        if "default" in lora.lora_embedding_A:
+            a, b = lora.lora_embedding_A["default"], lora.lora_embedding_B["default"]
+        else:
+            a, b = lora.lora_A["default"].weight, lora.lora_B["default"].weight
+        pairs[f"{name}.lora_A"] = layer.lora_A, a
+        pairs[f"{name}.lora_B"] = layer.lora_B, b
+    for bias in adapter_state(ours).biases.get("default", []):
+        module = modules[bias.name]
+        pairs[f"{bias.name}.bias"] = bias.trained, getattr(module, "base_layer", module).bias
+    return pairs
+
+
+def take_values(ours, theirs):
+    """Copy PEFT's adapter values into our layers."""
+    with torch.no_grad():
+        for our, their in their_parameters(ours, theirs).values():
+            our.copy_(their)
+
+
+def relative_error(value, reference):
+    """‖value − reference‖ / ‖reference‖, in float64."""
+    value, reference = value.detach().double(), reference.detach().double()
+    return (torch.linalg.vector_norm(value - reference) / torch.linalg.vector_norm(reference).clamp_min(1e-300)).item()
