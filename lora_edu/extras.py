@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from lora_edu.adapter import Wrapper, adapter_layers, named_places
+from lora_edu.adapter import Wrapper, adapter_layers, adapters_around, named_places
 from lora_edu.config import LoraConfig
 from lora_edu.matching import matches_names, near_names
 
@@ -68,13 +68,19 @@ class AdapterState:
 
 
 def adapter_state(model: nn.Module) -> AdapterState:
-    """The model's adapter state.
+    """The model's adapter state; for a model whose layers were wrapped by hand, one read off these layers.
 
     Raises:
-        ValueError: if nothing was injected into this model.
+        ValueError: if there is no adapter in this model.
     """
     state = model.__dict__.get("adapter_state")
     if state is None:
+        places = [model, *(module for _, _, _, module in named_places(model))]
+        layers = [layer for module in places for layer in adapters_around(module)]
+        if layers:
+            names = list(dict.fromkeys(layer.adapter_name for layer in layers))
+            active = [name for name in names if any(la.active for la in layers if la.adapter_name == name)]
+            return AdapterState(configs=dict.fromkeys(names), active=active)
         raise ValueError(
             f"this {type(model).__name__} has no adapters: call inject(model, LoraConfig(...)) or "
             "load_adapter(model, directory) first, with the same model object"

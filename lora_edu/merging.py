@@ -79,7 +79,7 @@ def merge_and_unload(model: Any) -> nn.Module:
             setattr(parent, attribute, unwrapped(module))
         elif isinstance(module, TrainedCopy):
             setattr(parent, attribute, module.module())
-    del model.__dict__["adapter_state"]
+    model.__dict__.pop("adapter_state", None)
     if tied and not tied_weight(model):
         model.config.tie_word_embeddings = False
         warnings.warn(

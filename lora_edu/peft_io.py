@@ -46,11 +46,15 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, adapter_name: s
 
     Raises:
         KeyError: if the model has no adapter of that name.
-        ValueError: if nothing was injected into this model.
+        ValueError: if nothing was injected into this model, or its layers were wrapped by hand, without a config.
     """
     state = adapter_state(model)
     if adapter_name not in state.configs:
         raise KeyError(f"no adapter named {adapter_name!r}; this model has: {', '.join(state.configs)}")
+    if state.configs[adapter_name] is None:
+        raise ValueError(
+            f"adapter {adapter_name!r} was put in by hand, so there is no config to save; use inject(model, config)"
+        )
     layers = adapter_layers(model, adapter_name)
     tensors = {f"{PREFIX}{name}.{key}": t for name, layer in layers.items() for key, t in layer.saved_tensors().items()}
     for name, _, _, module in named_places(model):

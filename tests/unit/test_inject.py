@@ -335,3 +335,23 @@ def test_no_name_shows_the_wrappers():
         inject(model, LoraConfig(r=2, target_modules=["q_proj"]), name)
     assert all(".base" not in name for name in adapter_layers(model))
     assert all(isinstance(layer, AdapterLayer) for layer in adapter_layers(model).values())
+
+
+def test_layers_wrapped_by_hand_merge_and_switch_off_too(tmp_path):
+    torch.manual_seed(0)
+    model, x = Classifier(), torch.randn(4, 6)
+    base = model(x)
+    model.body = LoRALinear(model.body, r=2, init_lora_weights=False)
+    adapted = model(x)
+    for whole, run in ((model, lambda: model(x)), (model.body, lambda: model(x))):
+        with disable_adapter(whole):
+            assert torch.equal(run(), base)
+        merge(whole)
+        model.eval()
+        assert torch.allclose(run(), adapted, atol=1e-6)
+        unmerge(whole)
+        assert torch.equal(run(), adapted)
+    with pytest.raises(ValueError, match="put in by hand, so there is no config to save"):
+        save_adapter(model, tmp_path)
+    assert torch.allclose(merge_and_unload(model)(x), adapted, atol=1e-6)
+    assert type(model.body) is nn.Linear
