@@ -15,7 +15,9 @@ from typing import Any, ClassVar
 from torch import nn
 
 from lora_edu.adapter import AdapterLayer, innermost
-from lora_edu.layer import LoRAConv1D, LoRAEmbedding, LoRALinear, check_dropout, check_rank
+from lora_edu.counting import check_rank
+from lora_edu.layer import LoRAConv1D, LoRAEmbedding, LoRALinear, check_dropout
+from lora_edu.matching import fits
 
 BIASES = ("none", "all", "lora_only")
 
@@ -165,11 +167,6 @@ class LoraConfig(AdapterConfig):
             for pattern in getattr(self, field_name):
                 if not any(fits(pattern, name) for name in names):
                     warnings.warn(f"{field_name}: {pattern!r} fits none of the adapted modules", stacklevel=4)
-
-
-def fits(pattern: str, name: str) -> bool:
-    """Whether ``pattern`` describes the end of ``name``, from a dot on (or all of it, after a leading ^)."""
-    return re.match(rf"(.*\.)?({pattern})$", name) is not None
 
 
 def first_match(patterns: Mapping[str, Any], name: str, default: Any) -> Any:

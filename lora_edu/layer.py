@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_edu.adapter import AdapterLayer, at_least_float32, innermost
+from lora_edu.counting import check_rank
 
 
 class LoRALinear(AdapterLayer):
@@ -170,14 +171,6 @@ class LoRAEmbedding(LoRALinear):
 
     def saved_tensors(self) -> dict[str, Tensor]:
         return {"lora_embedding_A": self.lora_A, "lora_embedding_B": self.lora_B}
-
-
-def check_rank(r: int) -> None:
-    """Raise unless r is a whole number of at least 1."""
-    if isinstance(r, bool) or not isinstance(r, int):
-        raise ValueError(f"r={r!r}: the rank must be a whole number of at least 1, for example 8")
-    if r < 1:
-        raise ValueError(f"r={r}: the rank must be at least 1; leave the layer out of target_modules to adapt nothing")
 
 
 def check_dropout(lora_dropout: float) -> None:

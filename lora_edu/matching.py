@@ -18,14 +18,21 @@ from transformers.pytorch_utils import Conv1D
 DEFAULT_TARGETS: dict[str, list[str]] = {
     "llama": ["q_proj", "v_proj"],
     "mistral": ["q_proj", "v_proj"],
+    "mixtral": ["q_proj", "v_proj"],
     "qwen2": ["q_proj", "v_proj"],
+    "qwen3": ["q_proj", "v_proj"],
+    "gemma2": ["q_proj", "v_proj"],
+    "gemma3_text": ["q_proj", "v_proj"],
     "gpt2": ["c_attn"],
     "gpt_neox": ["query_key_value"],
     "chatglm": ["query_key_value"],
     "opt": ["q_proj", "v_proj"],
     "bert": ["query", "value"],
     "roberta": ["query", "value"],
+    "xlm-roberta": ["query", "value"],
+    "electra": ["query", "value"],
     "deberta-v2": ["query_proj", "value_proj"],
+    "bart": ["q_proj", "v_proj"],
     "t5": ["q", "v"],
 }
 CLASSIFIER_HEADS = ("score", "classifier")
@@ -38,6 +45,11 @@ def matches_names(patterns: str | Iterable[str] | None, name: str) -> bool:
     if isinstance(patterns, str):
         return re.fullmatch(patterns, name) is not None
     return any(name == pattern or name.endswith("." + pattern) for pattern in patterns)
+
+
+def fits(pattern: str, name: str) -> bool:
+    """Whether a key of ``rank_pattern`` describes the end of ``name``, from a dot on (or all of it, after a ^)."""
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None
 
 
 def layer_index(name: str, layers_pattern: str | Sequence[str] | None = None) -> int | None:

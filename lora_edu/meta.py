@@ -1,0 +1,78 @@
+"""Models without weights: read a model's config and build it on PyTorch's *meta* device. Built in lesson 05.
+
+On the meta device a tensor has a shape and a type but no memory, so a 70-billion-parameter model takes about a second.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from pathlib import Path
+
+import torch
+import transformers
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+)
+
+HEADS = {"lm": AutoModelForCausalLM, "classification": AutoModelForSequenceClassification, "base": AutoModel}
+
+
+def load_config(source: PretrainedConfig | str | Path) -> PretrainedConfig:
+    """A transformers config from an object, a folder or JSON file, a shipped name (``shipped_configs()``) or a hub id.
+
+    Raises:
+        ValueError: nothing with this name can be read.
+    """
+    if isinstance(source, PretrainedConfig):
+        return source
+    path = next((p for p in (config_folder() / str(source), Path(source)) if p.exists()), None)
+    try:
+        return AutoConfig.from_pretrained(path or str(source))
+    except (OSError, ValueError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"no model config found for {str(source)!r}: expected a transformers config, a folder or file with one, "
+            f"a hub id that can be reached, or one of {shipped_configs()}"
+        ) from error
+
+
+def config_folder() -> Path:
+    """The shipped model configs: ``data/configs``, under the environment's ``LORA_EDU_DATA`` if that is set."""
+    return Path(os.environ.get("LORA_EDU_DATA") or Path(__file__).parents[1] / "data") / "configs"
+
+
+def shipped_configs() -> list[str]:
+    """The names of the model configs in ``data/configs``."""
+    return sorted(path.parent.name for path in config_folder().glob("*/config.json"))
+
+
+def meta_model(
+    config: PretrainedConfig | str | Path, head: str | None = None, num_labels: int | None = None
+) -> nn.Module:
+    """Build a model without its weights: every parameter on the meta device has a shape and no memory. Lesson 05.
+
+    Args:
+        config: anything that ``load_config`` takes.
+        head: "lm", "classification", "base" (no head), or None for what the config's
+            ``architectures`` names, else a language-model head, else no head.
+        num_labels: width of a classification head.
+    """
+    if head is not None and head not in HEADS:
+        raise ValueError(f"head={head!r}: expected one of {sorted(HEADS)} or None")
+    config = load_config(config)
+    if num_labels is not None:
+        config = copy.deepcopy(config)  # the caller's object stays as it is
+        config.num_labels = num_labels
+    named_class = getattr(transformers, (config.architectures or [""])[0], None)
+    with torch.device("meta"):
+        if head is None and named_class is not None:
+            return named_class(config)
+        if head is None:
+            head = "lm" if type(config) in AutoModelForCausalLM._model_mapping else "base"
+        return HEADS[head].from_config(config)
