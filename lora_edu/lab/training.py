@@ -1,0 +1,250 @@
+"""One short training loop for every lesson, with evaluation and generation. First used in lesson 02.
+
+Whatever requires a gradient is trained, be it a whole model, a LoRA adapter of ours or one of PEFT's. It runs on one
+device, the one that Accelerate picks (a GPU where there is one)."""
+
+import os
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lora_edu.lab.datasets import IGNORED, collate, prompt_ids
+
+Row = dict[str, list[int]]  # one encoded entry: input_ids and labels
+
+
+@dataclass
+class History:
+    """What happened in one call of :func:`train`; losses are means per token, in nats.
+
+    ``train_loss[i]`` is the loss of the batch of step ``steps[i]`` (counted from 1), before that step's update.
+    ``eval_loss[name][j]`` is the held-out loss after ``eval_steps[j]`` updates; the first is 0, the model as it came.
+    """
+
+    steps: list[int] = field(default_factory=list)
+    train_loss: list[float] = field(default_factory=list)
+    eval_steps: list[int] = field(default_factory=list)
+    eval_loss: dict[str, list[float]] = field(default_factory=dict)
+    best_step: int | None = None  # where the first held-out set had its lowest loss
+    stopped_early: bool = False
+
+
+def set_seed(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's random numbers, on every device."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def train(
+    model: nn.Module,
+    data: Sequence[Row],
+    *,
+    steps: int = 60,
+    learning_rate: float = 3e-3,
+    batch_size: int = 8,
+    eval_data: Sequence[Row] | Mapping[str, Sequence[Row]] | None = None,
+    eval_every: int = 20,
+    weight_decay: float = 0.0,
+    warmup_steps: int = 0,
+    max_grad_norm: float = 1.0,
+    patience: int | None = None,
+    seed: int = 0,
+) -> History:
+    """Train what requires a gradient with AdamW, and return the losses on the way.
+
+    Args:
+        model: a causal language model that returns ``.loss`` when it is given labels.
+        data: encoded rows (see :func:`lora_edu.lab.datasets.encode`).
+        steps: number of updates, each on ``batch_size`` rows; the rows are shuffled anew whenever all were used.
+        learning_rate: rises linearly over ``warmup_steps``, then stays.
+        eval_data: held-out rows, or several sets by name; evaluated before the first step, every ``eval_every`` steps
+            and after the last. Rows without a name are called "held-out".
+        max_grad_norm: gradients are scaled down to this norm where theirs is larger.
+        patience: stop after this many evaluations in a row without a new lowest loss on the first held-out set, and
+            put the best trainable weights back. ``None`` trains to the end and keeps the last weights.
+        seed: fixes the order of the batches (the same for every model) and what is random in the model, like dropout.
+            The caller's own random state is left as it was.
+
+    Modules that define ``extra_loss()`` add to the loss; those with ``after_backward(step)`` have it called once the
+    gradients are there, before they are clipped.
+
+    Raises:
+        ValueError: if nothing requires a gradient, if there are no rows, or if ``patience`` is given without eval_data.
+    """
+    sets = eval_data if isinstance(eval_data, Mapping) else {"held-out": eval_data} if eval_data else {}
+    _check_arguments(model, data, steps, sets, patience)
+    accelerator = Accelerator()
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=learning_rate, weight_decay=weight_decay)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(1, warmup_steps)))
+    model, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
+    adding: list[Any] = [m for m in model.modules() if hasattr(m, "extra_loss")]
+    watching: list[Any] = [m for m in model.modules() if hasattr(m, "after_backward")]
+    order = _batches(len(data), batch_size, seed)
+    history, best = History(eval_loss={name: [] for name in sets}), _Best(patience)
+    was_training = model.training
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        best.see(_evaluate_all(model, sets, history, 0), 0, trainable)
+        model.train()
+        for step in tqdm(
+            range(1, steps + 1), desc="training", unit="step", disable=os.environ.get("LORA_EDU_PROGRESS") == "0"
+        ):
+            batch = _collate(model, [data[i] for i in next(order)])
+            loss = model(**batch).loss
+            history.steps.append(step)
+            history.train_loss.append(loss.item())
+            for module in adding:
+                loss = loss + module.extra_loss()
+            accelerator.backward(loss)
+            for module in watching:
+                module.after_backward(step)
+            accelerator.clip_grad_norm_(trainable, max_grad_norm)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            if step % eval_every == 0 or step == steps:
+                best.see(_evaluate_all(model, sets, history, step), step, trainable)
+            if best.out_of_patience:
+                history.stopped_early = step < steps
+                break
+    best.restore(trainable)
+    history.best_step = best.step
+    model.train(was_training)
+    return history
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, data: Sequence[Row], batch_size: int = 64) -> float:
+    """Mean loss per token in nats over all rows: every token counts the same, whatever batch it is in.
+
+    The model is evaluated in eval mode and left in the mode in which it came.
+    """
+    if not data:
+        raise ValueError("no rows to evaluate on; data is empty")
+    was_training, total, tokens = model.training, 0.0, 0
+    model.eval()
+    for start in range(0, len(data), batch_size):
+        batch = _collate(model, data[start : start + batch_size])
+        count = int((batch["labels"][:, 1:] != IGNORED).sum())  # the first token is never predicted
+        if count:
+            total += model(**batch).loss.item() * count
+            tokens += count
+    model.train(was_training)
+    return total / tokens
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    max_new_tokens: int = 40,
+    do_sample: bool = False,
+    temperature: float = 0.7,
+    top_p: float = 0.9,
+    seed: int = 0,
+) -> list[str]:
+    """Continue each prompt until eos or ``max_new_tokens``; returns only the new text.
+
+    Greedy by default, so the same on every run. With ``do_sample`` the ``seed`` fixes the draw and the caller's own
+    random state is left as it was. Prompts of different length are padded on the left, where the model ignores it.
+    """
+    if isinstance(prompts, str) or not prompts:
+        raise ValueError(f"prompts={prompts!r}: give a list with at least one prompt, such as ['politician (noun):']")
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    ids = [prompt_ids(prompt, tokenizer) for prompt in prompts]
+    longest = max(map(len, ids))
+    device = next(model.parameters()).device
+    input_ids = torch.tensor([[pad] * (longest - len(row)) + row for row in ids], device=device)
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids], device=device)
+    sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if do_sample else {}
+    was_training = model.training
+    model.eval()
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        out = model.generate(
+            input_ids=input_ids,
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=pad,
+            eos_token_id=tokenizer.eos_token_id,
+            do_sample=do_sample,
+            **sampling,
+        )
+    model.train(was_training)
+    return [text.strip() for text in tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)]
+
+
+class _Best:
+    """Remembers the trainable weights of the lowest loss seen, if there is a ``patience`` to need them for."""
+
+    def __init__(self, patience: int | None):
+        self.patience, self.loss, self.since = patience, float("inf"), 0
+        self.step: int | None = None
+        self.weights: list[Tensor] = []
+
+    def see(self, loss: float | None, step: int, trainable: list[nn.Parameter]) -> None:
+        if loss is None:
+            return
+        if loss < self.loss:
+            self.loss, self.step, self.since = loss, step, 0
+            if self.patience is not None:
+                self.weights = [p.detach().clone() for p in trainable]
+        else:
+            self.since += 1
+
+    @property
+    def out_of_patience(self) -> bool:
+        return self.patience is not None and self.since >= self.patience
+
+    @torch.no_grad()
+    def restore(self, trainable: list[nn.Parameter]) -> None:
+        for parameter, weight in zip(trainable, self.weights, strict=False):  # no weights were kept without patience
+            parameter.copy_(weight)
+
+
+def _check_arguments(model: nn.Module, data: Sequence[Row], steps: int, sets: Mapping, patience: int | None) -> None:
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError(
+            "nothing requires a gradient, so nothing can be trained; inject an adapter, or unfreeze weights"
+        )
+    if not data:
+        raise ValueError("no rows to train on; data is empty")
+    if steps < 1:
+        raise ValueError(f"steps={steps}: at least one step is needed")
+    if patience is not None and not sets:
+        raise ValueError(f"patience={patience} needs eval_data: held-out rows whose loss decides when to stop")
+
+
+def _evaluate_all(model: nn.Module, sets: Mapping[str, Sequence[Row]], history: History, step: int) -> float | None:
+    """Evaluate every held-out set, note it in the history, and return the loss of the first (None without any)."""
+    losses = {name: evaluate(model, rows) for name, rows in sets.items()}
+    history.eval_steps += [step] if sets else []
+    for name, loss in losses.items():
+        history.eval_loss[name].append(loss)
+    return next(iter(losses.values()), None)
+
+
+def _batches(rows: int, batch_size: int, seed: int) -> Iterator[list[int]]:
+    """Indices of one batch after another, without end; they depend on the seed and on nothing else."""
+    generator = torch.Generator().manual_seed(seed)
+    waiting: list[int] = []
+    while True:
+        while len(waiting) < batch_size:
+            waiting += torch.randperm(rows, generator=generator).tolist()
+        yield waiting[:batch_size]
+        waiting = waiting[batch_size:]
+
+
+def _collate(model: nn.Module, rows: Sequence[Row]) -> dict[str, Tensor]:
+    """A padded batch on the model's device; what stands in the padding does not matter, it is masked."""
+    device = next(model.parameters()).device
+    return {name: tensor.to(device) for name, tensor in collate(rows, pad_token_id=0).items()}

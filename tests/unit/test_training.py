@@ -1,0 +1,195 @@
+"""The training loop: what trains, repeatability, early stopping, evaluation by token, generation."""
+
+import pytest
+import torch
+from peft import LoraConfig as PeftConfig
+from peft import get_peft_model
+from torch import nn
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from lora_edu.lab.bases import data_path
+from lora_edu.lab.datasets import encode, load_dataset
+from lora_edu.lab.training import _batches, evaluate, generate, set_seed, train
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(data_path("tiny"))
+
+
+@pytest.fixture(scope="module")
+def rows(tokenizer):
+    return encode(load_dataset("devils_dictionary")[:40], tokenizer, max_length=24)
+
+
+@pytest.fixture
+def model():
+    """A Llama-shaped model small enough that a step takes milliseconds."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=4096, pad_token_id=0, bos_token_id=1, eos_token_id=2, **sizes))
+
+
+def state(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def test_the_loss_falls_and_only_what_requires_a_gradient_moves(model, rows):
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("mlp" in name)
+    before = state(model)
+    history = train(model, rows, steps=12, learning_rate=1e-2, batch_size=4)
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {name for name in before if "mlp" in name}
+    assert history.steps == list(range(1, 13))
+    assert history.train_loss[-1] < history.train_loss[0]
+
+
+def test_same_seed_same_losses_other_seed_other_batches(model, rows):
+    model.model.layers[0].self_attn.attention_dropout = 0.5  # something random inside the model
+    start, runs = state(model), []
+    for seed in (3, 3, 4):
+        model.load_state_dict(start)
+        runs.append(train(model, rows, steps=4, batch_size=4, seed=seed).train_loss)
+    assert runs[0] == runs[1] != runs[2]
+
+
+def test_the_order_of_the_batches_depends_on_the_seed_only():
+    def first(seed: int) -> list[list[int]]:
+        torch.rand(seed + 5)  # whatever the caller drew before
+        batches = _batches(10, 4, seed)
+        return [next(batches) for _ in range(5)]
+
+    assert first(0) == first(0) != first(1)
+    assert sorted(row for batch in first(0) for row in batch) == sorted(2 * list(range(10)))  # every row twice
+
+
+def test_the_callers_random_state_is_left_alone(model, rows, tokenizer):
+    set_seed(1)
+    expected = torch.rand(3)
+    set_seed(1)
+    train(model, rows, steps=2, batch_size=2)
+    generate(model, tokenizer, ["word:"], max_new_tokens=2, do_sample=True)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_held_out_losses_by_name_start_at_step_zero(model, rows):
+    before = evaluate(model, rows[:5])
+    history = train(model, rows, steps=5, batch_size=2, eval_every=2, eval_data={"a": rows[:5], "b": rows[5:9]})
+    assert history.eval_steps == [0, 2, 4, 5]
+    assert history.eval_loss["a"][0] == before
+    assert history.eval_loss["a"][-1] == evaluate(model, rows[:5])
+    assert len(history.eval_loss["b"]) == 4
+    assert list(train(model, rows, steps=1, eval_data=rows[:3]).eval_loss) == ["held-out"]
+
+
+def test_early_stopping_puts_the_best_weights_back(model, rows):
+    far = [{**row, "labels": [-100, *reversed(row["input_ids"][1:])]} for row in rows[:6]]  # gets worse as we train
+    train(model, far, steps=10, learning_rate=1e-2)
+    history = train(model, rows, steps=50, learning_rate=1e-2, eval_data=far, eval_every=1, patience=3)
+    losses = history.eval_loss["held-out"]
+    assert history.stopped_early
+    assert len(losses) == history.best_step + 3 + 1
+    assert losses[history.eval_steps.index(history.best_step)] == min(losses)
+    assert evaluate(model, far) == pytest.approx(min(losses), abs=1e-6)
+    assert min(losses) < losses[-1]
+
+
+def test_without_patience_the_last_weights_stay(model, rows):
+    history = train(model, rows, steps=6, learning_rate=3e-2, eval_data=rows[:6], eval_every=3)
+    assert not history.stopped_early
+    assert evaluate(model, rows[:6]) == pytest.approx(history.eval_loss["held-out"][-1], abs=1e-6)
+
+
+def test_warm_up_rises_linearly(model, rows, monkeypatch):
+    rates = []
+    step = torch.optim.AdamW.step
+
+    def noting(self, *args, **kwargs):
+        rates.append(self.param_groups[0]["lr"])
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", noting)
+    train(model, rows, steps=6, learning_rate=0.4, warmup_steps=4)
+    assert rates == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4, 0.4])
+
+
+def test_modules_may_add_to_the_loss_and_see_the_gradients(model, rows):
+    class Watching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.tensor(2.0))
+            self.seen: list[tuple[int, float]] = []
+
+        def extra_loss(self):
+            return 3 * self.weight
+
+        def after_backward(self, step):
+            self.seen.append((step, self.weight.grad.item()))
+
+    model.watching = Watching()
+    plain = evaluate(model, rows[:4])
+    history = train(model, rows[:4], steps=2, batch_size=4, learning_rate=1e-3)
+    assert model.watching.seen == [(1, 3.0), (2, 3.0)]
+    assert model.watching.weight.item() < 2.0
+    assert history.train_loss[0] == pytest.approx(plain, abs=1e-4)  # the history holds the model's own loss
+
+
+def test_evaluate_weighs_tokens_not_batches(model, rows):
+    mixed = sorted(rows[:9], key=lambda row: len(row["input_ids"]))
+    losses = [evaluate(model, [row]) for row in mixed]
+    tokens = [sum(label != -100 for label in row["labels"][1:]) for row in mixed]
+    expected = sum(loss * n for loss, n in zip(losses, tokens, strict=True)) / sum(tokens)
+    assert evaluate(model, mixed, batch_size=4) == pytest.approx(expected, abs=1e-4)
+    model.train()
+    evaluate(model, mixed)
+    assert model.training
+
+
+def test_generate_returns_the_new_text_only_and_stops_at_eos(model, rows, tokenizer):
+    entries = [{"word": "cat", "pos": "noun", "definition": "a mouse's reason"}]
+    entries += [{"word": "parliament", "pos": "noun", "definition": "a house"}]
+    train(model, encode(entries, tokenizer), steps=120, learning_rate=1e-2, batch_size=2)
+    together = generate(model, tokenizer, ["cat (noun):", "parliament (noun):"], max_new_tokens=30)
+    assert together == ["a mouse's reason", "a house"]  # different prompt lengths: padding must not matter
+    assert generate(model, tokenizer, ["parliament (noun):"], max_new_tokens=30) == together[1:]
+    assert generate(model, tokenizer, ["cat (noun):"], max_new_tokens=1) != together[:1]
+
+
+def test_sampling_is_fixed_by_its_seed(model, tokenizer):
+    def draw(seed: int) -> list[str]:
+        return generate(
+            model, tokenizer, ["cat:", "dog:"], max_new_tokens=8, do_sample=True, temperature=1.0, seed=seed
+        )
+
+    assert draw(1) == draw(1) != draw(2)
+
+
+def test_peft_models_train_and_generate(model, rows, tokenizer):
+    adapted = get_peft_model(model, PeftConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+    history = train(adapted, rows, steps=2, batch_size=2, eval_data=rows[:3])
+    assert len(history.train_loss) == 2
+    assert len(generate(adapted, tokenizer, ["cat:"], max_new_tokens=3)) == 1
+
+
+def test_no_progress_bar_when_it_is_switched_off(model, rows, monkeypatch, capfd):
+    monkeypatch.setenv("LORA_EDU_PROGRESS", "0")
+    train(model, rows, steps=1)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.errors
+def test_bad_calls_say_what_is_wrong(model, rows, tokenizer):
+    with pytest.raises(ValueError, match="patience=2 needs eval_data"):
+        train(model, rows, patience=2)
+    with pytest.raises(ValueError, match="no rows to train on"):
+        train(model, [])
+    with pytest.raises(ValueError, match="steps=0"):
+        train(model, rows, steps=0)
+    with pytest.raises(ValueError, match="no rows to evaluate on"):
+        evaluate(model, [])
+    with pytest.raises(ValueError, match="give a list with at least one prompt"):
+        generate(model, tokenizer, "cat:")
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="nothing requires a gradient"):
+        train(model, rows)
