@@ -1,0 +1,244 @@
+"""The checks of lesson 01 pass the solutions, leave stubs alone, and name the mistake in plausible wrong answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from lora_edu.course import checks
+from lora_edu.lowrank import eckart_young_error, low_rank_approximation, truncated_svd
+
+pytestmark = pytest.mark.graders
+NOTEBOOK = "01_low_rank_svd"
+CHECKS = {
+    "rank_r_approximation": "rank_r",
+    "break_even_rank": "break_even",
+    "fitted_factors": "fit_factors",
+    "data_aware_approximation": "data_aware",
+}
+
+
+def stub(*arguments: object) -> object:
+    raise NotImplementedError("your code here")
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("name", CHECKS)
+def test_solution_passes(name: str, seed: int, from_solution: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORA_EDU_CHECK_SEED", str(seed))
+    report = getattr(checks, name)(from_solution(NOTEBOOK, CHECKS[name]))
+    assert report.status == "passed", report.text
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_stub_is_not_done(name: str) -> None:
+    report = getattr(checks, name)(stub)
+    assert report.status == "not done"
+    assert "not done yet" in report.text
+
+
+def assert_found(report: checks.Report, step: str, symptom: str) -> None:
+    assert report.status == "failed", report.text
+    assert step in report.step, report.text
+    assert symptom in report.symptom, report.text
+
+
+def pieces(W):
+    return torch.linalg.svd(W, full_matrices=False)
+
+
+def published_bug(W, r):
+    U, S, Vh = torch.svd(W)  # really V
+    return U[:, :r] @ torch.diag(S[:r]) @ Vh[:r, :]
+
+
+TRUNCATION = {
+    "singular values forgotten": (lambda W, r: pieces(W)[0][:, :r] @ pieces(W)[2][:r], "error", "values are missing"),
+    "singular values twice": (
+        lambda W, r: (pieces(W)[0][:, :r] * pieces(W)[1][:r] ** 2) @ pieces(W)[2][:r],
+        "error",
+        "twice",
+    ),
+    "the smallest kept": (
+        lambda W, r: (pieces(W)[0][:, -r:] * pieces(W)[1][-r:]) @ pieces(W)[2][-r:],
+        "error",
+        "smallest pieces",
+    ),
+    "one piece too many": (lambda W, r: low_rank_approximation(W, r + 1), "rank r", "1 too many"),
+    "one piece too few": (lambda W, r: low_rank_approximation(W, r - 1), "error", "times the smallest possible"),
+    "nothing dropped": (lambda W, r: W, "rank r", "nothing was dropped"),
+    "transposed": (lambda W, r: low_rank_approximation(W, r).T, "shape", "transposed"),
+    "V for Vᴴ, as published": (published_bug, "shape", "expected (7,"),
+    "V for Vᴴ, columns": (
+        lambda W, r: (torch.svd(W)[0][:, :r] * torch.svd(W)[1][:r]) @ torch.svd(W)[2][:, :r],
+        "shape",
+        "cannot be multiplied",
+    ),
+    "first r rows": (lambda W, r: torch.cat([W[:r], 0 * W[r:]]), "error", "times the smallest possible"),
+    "first r columns of W": (lambda W, r: W[:, :r], "shape", "expected"),
+    "a tuple": (lambda W, r: truncated_svd(W, r), "shape", "is a tuple"),
+}
+
+
+@pytest.mark.parametrize("mistake", TRUNCATION)
+def test_truncation_names_the_mistake(mistake: str) -> None:
+    answer, step, symptom = TRUNCATION[mistake]
+    assert_found(checks.rank_r_approximation(answer), step, symptom)
+
+
+def root(value: int) -> int:
+    return round(value**0.5)
+
+
+BREAK_EVEN = {
+    "equal counts as smaller": (lambda d, k: d * k // (d + k), "square", "exactly as many as"),
+    "not whole": (lambda d, k: d * k / (d + k), "whole", "a float"),
+    "full rank": (lambda d, k: min(d, k) - 1, "whole", "more than"),
+    "half the smaller side": (lambda d, k: (min(d, k) - 1) // 2, "whole", "still below"),
+    "one side": (lambda d, k: d // 2 - 1, "whole", "more than"),
+    "root": (lambda d, k: root(d * k), "whole", "more than"),
+    "rounded up": (lambda d, k: -(-d * k // (d + k)), "whole", "more than"),
+    "one less than the floor": (lambda d, k: d * k // (d + k) - 1, "whole", "still below"),
+    "through floats": (lambda d, k: int(d * k / (d + k) - 1e-9), "very large", "numbers"),
+    "two factors per side": (lambda d, k: (d * k - 1) // (2 * (d + k)), "whole", "still below"),
+}
+
+
+@pytest.mark.parametrize("mistake", BREAK_EVEN)
+def test_break_even_names_the_mistake(mistake: str) -> None:
+    answer, step, symptom = BREAK_EVEN[mistake]
+    assert_found(checks.break_even_rank(answer), step, symptom)
+
+
+def als(W, r, sweeps=40):
+    A = torch.randn(r, W.shape[1], dtype=W.dtype)
+    for _ in range(sweeps):
+        B = torch.linalg.lstsq(A.T, W.T).solution.T
+        A = torch.linalg.lstsq(B, W).solution
+    return B, A
+
+
+def only_B(W, r):
+    A = torch.randn(r, W.shape[1], dtype=W.dtype)
+    return torch.linalg.lstsq(A.T, W.T).solution.T, A
+
+
+def descent(W, r):
+    B, A = torch.randn(W.shape[0], r, dtype=W.dtype), torch.randn(r, W.shape[1], dtype=W.dtype)
+    for _ in range(500):
+        rest = B @ A - W
+        B, A = B - 0.02 * rest @ A.T, A - 0.02 * B.T @ rest
+    return B, A
+
+
+def without_inverse(W, r):
+    A = torch.randn(r, W.shape[1], dtype=W.dtype)
+    for _ in range(5):
+        B = W @ A.T
+        A = B.T @ W / (B.T @ B).norm()
+    return B, A
+
+
+def by_svd(W, r):
+    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    return U[:, :r] * S[:r], Vh[:r]
+
+
+FACTORS = {
+    "an SVD after all": (by_svd, "without an SVD", "you call the SVD"),
+    "the library's SVD": (lambda W, r: truncated_svd(W, r)[::2], "without an SVD", "you call the SVD"),
+    "factors swapped": (lambda W, r: als(W, r)[::-1], "(m, r)", "you return (A, B)"),
+    "the transpose fitted": (lambda W, r: als(W.T, r), "(m, r)", "you fitted Wᵀ"),
+    "the product": (lambda W, r: torch.matmul(*als(W, r)), "(m, r)", "return a Tensor"),
+    "only B solved": (only_B, "within 1 %", "A not for your B"),
+    "one sweep": (lambda W, r: als(W, r, 1), "within 1 %", "B not for your A"),
+    "a rank too many": (lambda W, r: als(W, r + 1), "(m, r)", "your B has shape"),
+    "products for solves": (without_inverse, "within 1 %", "neither factor"),
+    "descent with one fixed rate": (descent, "", "NaN"),
+}
+
+
+@pytest.mark.parametrize("mistake", FACTORS)
+def test_fitted_factors_names_the_mistake(mistake: str) -> None:
+    answer, step, symptom = FACTORS[mistake]
+    before = torch.linalg.svd
+    report = checks.fitted_factors(answer)
+    assert torch.linalg.svd is before
+    if mistake == "descent with one fixed rate":  # too slow or divergent: which of them comes first is a matter of luck
+        assert report.status == "failed", report.text
+        assert "NaN" in report.symptom or "times the smallest" in report.symptom
+    else:
+        assert_found(report, step, symptom)
+
+
+def input_directions(W, X, r):
+    _, _, Vh = truncated_svd(X, r)
+    return W @ Vh.T @ Vh
+
+
+def weighted_not_undone(W, X, r):
+    C = X.T @ X
+    values, vectors = torch.linalg.eigh(C)
+    return low_rank_approximation(W @ (vectors * values.clamp(min=0).sqrt()) @ vectors.T, r)
+
+
+def weighted_by_inverse(W, X, r):
+    values, vectors = torch.linalg.eigh(X.T @ X)
+    root = (vectors * values.sqrt()) @ vectors.T
+    return low_rank_approximation(W @ root, r) @ torch.linalg.inv(root)
+
+
+def centred(W, X, r):
+    U, _, _ = truncated_svd(W @ (X - X.mean(0)).T, r)
+    return U @ U.T @ W
+
+
+def row_norms(W, X, r):
+    scale = X.norm(dim=0)
+    return low_rank_approximation(W * scale, r) / scale
+
+
+DATA_AWARE = {
+    "inputs ignored": (lambda W, X, r: low_rank_approximation(W, r), "error on the outputs", "inputs play no part"),
+    "the inputs' directions": (input_directions, "error on the outputs", "inputs' strongest directions"),
+    "outputs returned": (lambda W, X, r: low_rank_approximation(W @ X.T, r), "shape", "has shape"),
+    "weighting not undone": (weighted_not_undone, "error on the outputs", "times the smallest possible"),
+    "a root that has no inverse": (weighted_by_inverse, "fewer inputs", ""),
+    "inputs centred": (centred, "error on the outputs", "times the smallest possible"),
+    "only the lengths of columns": (row_norms, "error on the outputs", "times the smallest possible"),
+    "not low-rank": (lambda W, X, r: W, "rank r", "nothing was dropped"),
+    "samples as columns": (
+        lambda W, X, r: truncated_svd(W @ X, r)[0] @ truncated_svd(W @ X, r)[0].T @ W,
+        "shape",
+        "cannot be multiplied",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", DATA_AWARE)
+def test_data_aware_names_the_mistake(mistake: str) -> None:
+    answer, step, symptom = DATA_AWARE[mistake]
+    assert_found(checks.data_aware_approximation(answer), step, symptom)
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_hints_go_from_symptom_to_fix(name: str, capsys: pytest.CaptureFixture) -> None:
+    def nonsense(*arguments):
+        return "42"
+
+    texts = [getattr(checks, name)(nonsense, hint=hint).text for hint in (1, 2, 3)]
+    assert len(set(texts)) == 3
+    assert all("✗" in text for text in texts)
+
+
+def test_numbers_in_the_prose() -> None:
+    """What the lesson's folded answers and its text state without printing it."""
+    assert eckart_young_error(torch.tensor([4.0, 2, 1]), 1) == pytest.approx((5**0.5, 2))
+    assert f"{5**0.5:.3f}" == "2.236"
+    assert 16 * (1536 + 576) == 33_792
+    assert f"{1536 * 576 / (1536 + 576):.1f}" == "418.9"
+    assert 4096 * 4096 // (4096 + 4096) == 2048
+    a, b = torch.randn(2, 200, 200, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert (a / a.norm() - b / b.norm()).norm() == pytest.approx(2**0.5, rel=0.01)  # unrelated, of one norm
