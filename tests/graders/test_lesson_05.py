@@ -1,0 +1,237 @@
+"""The checks of lesson 05 pass the solutions, leave stubs alone, and name the mistake in plausible wrong answers."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from lora_edu.course import checks
+
+pytestmark = pytest.mark.graders
+NOTEBOOK = "05_counting_parameters"
+NAMES = ["lora_count", "peft_numbers", "count_targets", "adapter_file", "matched_ranks"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_solution_passes(name: str, from_solution: Callable[[str, str], object]) -> None:
+    report = getattr(checks, name)(from_solution(NOTEBOOK, name))
+    assert report.status == "passed", report.text
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_stub_is_not_done(name: str, from_stub: Callable[[str, str], object]) -> None:
+    report = getattr(checks, name)(from_stub(NOTEBOOK, name))
+    assert report.status == "not done"
+    assert "not done yet" in report.text
+
+
+LORA_COUNT = {
+    "product of the sides": (lambda i, o, r: r * i * o, "a square layer", "multiply the two sides"),
+    "the weight itself": (lambda i, o, r: i * o, "a square layer", "size of the weight itself"),
+    "rank forgotten": (lambda i, o, r: i + o, "a square layer", "does not depend on r"),
+    "bias added": (lambda i, o, r: r * (i + o) + o, "a square layer", "LoRA adds none"),
+    "frozen weight added": (lambda i, o, r: r * (i + o) + i * o, "a square layer", "frozen weight, too"),
+    "only A": (lambda i, o, r: r * i, "a square layer", "the other is missing"),
+    "square assumed": (lambda i, o, r: 2 * r * i, "not square", "as if the layer were square"),
+    "square assumed from the output": (lambda i, o, r: 2 * r * o, "not square", "as if the layer were square"),
+    "r by r core": (lambda i, o, r: r * r, "a square layer", "not the number of entries of A and B"),
+}
+
+
+@pytest.mark.parametrize("mistake", LORA_COUNT)
+def test_lora_count_names_the_mistake(mistake: str) -> None:
+    answer, step, symptom = LORA_COUNT[mistake]
+    assert_found(checks.lora_count(answer), step, symptom)
+
+
+def over_base(lora: int, base: int, head: int) -> tuple[int, int, float]:
+    return lora + head, base + lora + head, 100 * (lora + head) / base
+
+
+def fraction(lora: int, base: int, head: int) -> tuple[int, int, float]:
+    return lora + head, base + lora + head, (lora + head) / (base + lora + head)
+
+
+def rounded(lora: int, base: int, head: int) -> tuple[int, int, float]:
+    return lora + head, base + lora + head, round(100 * (lora + head) / (base + lora + head), 2)
+
+
+def frozen_head(lora: int, base: int, head: int) -> tuple[int, int, float]:
+    return lora, base + lora + head, 100 * lora / (base + lora + head)
+
+
+def one_head(lora: int, base: int, head: int) -> tuple[int, int, float]:
+    return lora + head, base + lora, 100 * (lora + head) / (base + lora)
+
+
+def three_heads(lora: int, base: int, head: int) -> tuple[int, int, float]:
+    return lora + head, base + lora + 2 * head, 100 * (lora + head) / (base + lora + 2 * head)
+
+
+def bare_base(lora: int, base: int, head: int) -> tuple[int, int, float]:
+    return lora + head, base, 100 * (lora + head) / base
+
+
+PEFT_NUMBERS = {
+    "percent of the base": (over_base, "a language model", "you divide by the base alone"),
+    "a fraction": (fraction, "a language model", "a fraction, not a percentage"),
+    "rounded": (rounded, "a language model", "not rounded"),
+    "all is the base": (bare_base, "a language model", "the base without the adapter"),
+    "head does not train": (frozen_head, "a classifier", "the head trains, too"),
+    "head counted once": (one_head, "a classifier", "both are counted"),
+    "head counted three times": (three_heads, "a classifier", "inside the base already"),
+}
+
+
+@pytest.mark.parametrize("mistake", PEFT_NUMBERS)
+def test_peft_numbers_names_the_mistake(mistake: str) -> None:
+    answer, step, symptom = PEFT_NUMBERS[mistake]
+    assert_found(checks.peft_numbers(answer), step, symptom)
+
+
+def counter(
+    matches: Callable[[str, str], bool] = lambda name, target: name == target or name.endswith("." + target),
+    kinds: tuple[type, ...] = (nn.Linear, Conv1D, nn.Embedding),
+    price: Callable[[nn.Module], int] = lambda module: sum(module.weight.shape),
+    remove_duplicate: bool = True,
+    refuse: bool = True,
+) -> Callable[[nn.Module, int, list[str]], int]:
+    """A right answer to B1 with places to go wrong."""
+
+    def count(model: nn.Module, r: int, targets: list[str]) -> int:
+        total = 0
+        for name, module in model.named_modules(remove_duplicate=remove_duplicate):
+            if isinstance(module, kinds) and any(matches(name, target) for target in targets):
+                total += r * price(module)
+        if not total and refuse:
+            raise ValueError("no match")
+        return total
+
+    return count
+
+
+def features(module: nn.Module) -> int:
+    return module.in_features + module.out_features
+
+
+COUNT_TARGETS = {
+    "all layers are square": (counter(price=lambda m: 2 * m.weight.shape[1]), "own shape", "in_features"),
+    "product of the shape": (counter(price=lambda m: m.weight.numel()), "own shape", "in_features"),
+    "only A": (counter(price=lambda m: m.weight.shape[-1]), "own shape", "in_features"),
+    "part of a name": (counter(lambda name, target: target in name), "whole name segments", "kv_proj"),
+    "ending of a word": (counter(lambda name, target: name.endswith(target)), "whole name segments", "kv_proj"),
+    "Conv1D left out": (counter(kinds=(nn.Linear, nn.Embedding)), "Conv1D", "ValueError"),
+    "Conv1D has no in_features": (counter(price=features), "Conv1D", "AttributeError"),
+    "bias counted": (
+        counter(price=lambda m: sum(m.weight.shape) + (m.bias.numel() if getattr(m, "bias", None) is not None else 0)),
+        "own shape",
+        "biases are in it",
+    ),
+    "embeddings left out": (counter(kinds=(nn.Linear, Conv1D)), "embeddings", "you count"),
+    "two names counted twice": (counter(remove_duplicate=False), "two names", "two names"),
+    "no error": (counter(refuse=False), "no match", "without a word"),
+}
+
+
+@pytest.mark.parametrize("mistake", COUNT_TARGETS)
+def test_count_targets_names_the_mistake(mistake: str) -> None:
+    answer, step, symptom = COUNT_TARGETS[mistake]
+    assert_found(checks.count_targets(answer, hint=3), step, symptom)
+
+
+def test_counter_without_a_mistake_passes() -> None:
+    assert checks.count_targets(counter())
+
+
+def header_of(path: Path) -> tuple[int, dict]:
+    data = path.read_bytes()
+    length = struct.unpack("<Q", data[:8])[0]
+    return length, json.loads(data[8 : 8 + length])
+
+
+def file_answer(path: Path, prefix: int = 8, skip: bool = True, numbers: str = "shapes") -> dict[str, int]:
+    """A right answer to B2 with places to go wrong."""
+    length, header = header_of(path)
+    shapes = [entry["shape"] for name, entry in header.items() if not (skip and name == "__metadata__")]
+    stored = path.stat().st_size - 8 - length
+    parameters = {
+        "shapes": sum(math.prod(shape) for shape in shapes),
+        "four bytes": stored // 4,
+        "bytes": stored,
+        "tensors": len(shapes),
+        "only A": sum(math.prod(e["shape"]) for n, e in header.items() if "lora_A" in n),
+    }[numbers]
+    return {"parameters": parameters, "header_bytes": prefix + length, "tensor_bytes": stored}
+
+
+def whole_file(path: Path) -> dict[str, int]:
+    return {**file_answer(path), "tensor_bytes": path.stat().st_size}
+
+
+def big_endian(path: Path) -> dict[str, int]:
+    data = path.read_bytes()
+    json.loads(data[8 : 8 + int.from_bytes(data[:8], "big")])
+    return file_answer(path)
+
+
+def no_header(path: Path) -> dict[str, int]:
+    with safe_open(path, "pt") as file:
+        return {"parameters": sum(file.get_tensor(key).numel() for key in file.keys())}  # noqa: SIM118
+
+
+ADAPTER_FILE = {
+    "length field forgotten": (lambda path: file_answer(path, prefix=0), "a float32 file", "the 8 bytes that hold"),
+    "whole file as tensors": (whole_file, "a float32 file", "your tensor_bytes is"),
+    "number of tensors": (lambda path: file_answer(path, numbers="tensors"), "a float32 file", "number of tensors"),
+    "bytes as numbers": (lambda path: file_answer(path, numbers="bytes"), "a float32 file", "bytes, not numbers"),
+    "only A": (lambda path: file_answer(path, numbers="only A"), "a float32 file", "your parameters is"),
+    "big-endian": (big_endian, "a float32 file", "your code raised"),
+    "keys missing": (no_header, "a float32 file", "no entry 'header_bytes'"),
+    "metadata as a tensor": (lambda path: file_answer(path, skip=False), "a metadata entry", "KeyError: 'shape'"),
+    "four bytes a number": (lambda path: file_answer(path, numbers="four bytes"), "16-bit", "not every number has 4"),
+}
+
+
+@pytest.mark.parametrize("mistake", ADAPTER_FILE)
+def test_adapter_file_names_the_mistake(mistake: str) -> None:
+    answer, step, symptom = ADAPTER_FILE[mistake]
+    assert_found(checks.adapter_file(answer), step, symptom)
+
+
+def one_rank_for_all(per_rank: dict[str, int], budget: int) -> dict[str, int]:
+    return dict.fromkeys(per_rank, max(1, round(budget / max(per_rank.values()))))
+
+
+MATCHED_RANKS = {
+    "rounded down": (lambda p, b: {k: max(1, b // v) for k, v in p.items()}, "nearest rank", "misses the budget"),
+    "rounded up": (lambda p, b: {k: math.ceil(b / v) for k, v in p.items()}, "nearest rank", "misses the budget"),
+    "rank zero": (lambda p, b: {k: round(b / v) for k, v in p.items()}, "no rank below 1", "adapts nothing"),
+    "not whole": (lambda p, b: {k: b / v for k, v in p.items()}, "fits exactly", "no whole number"),
+    "one rank for all": (one_rank_for_all, "fits exactly", "misses the budget"),
+    "powers of two": (
+        lambda p, b: {k: 2 ** max(0, round(math.log2(b / v))) for k, v in p.items()},
+        "fits exactly",
+        "misses the budget",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MATCHED_RANKS)
+def test_matched_ranks_names_the_mistake(mistake: str) -> None:
+    answer, step, symptom = MATCHED_RANKS[mistake]
+    assert_found(checks.matched_ranks(answer), step, symptom)
+
+
+def assert_found(report: checks.Report, step: str, symptom: str) -> None:
+    """The check fails at the step meant, and what it says names the mistake."""
+    assert report.status == "failed", report.text
+    assert step in report.step, report.text
+    assert symptom in f"{report.symptom} {report.question} {report.fix}", report.text
