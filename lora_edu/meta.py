@@ -6,6 +6,7 @@ On the meta device a tensor has a shape and a type but no memory, so a 70-billio
 from __future__ import annotations
 
 import copy
+import difflib
 import json
 import os
 from pathlib import Path
@@ -33,6 +34,9 @@ def load_config(source: PretrainedConfig | str | Path) -> PretrainedConfig:
     if isinstance(source, PretrainedConfig):
         return source
     path = next((p for p in (config_folder() / str(source), Path(source)) if p.exists()), None)
+    if path is None and "/" not in str(source):  # no hub id: do not wait for the network to say so
+        near = difflib.get_close_matches(str(source), shipped_configs(), 3) or shipped_configs()
+        raise ValueError(f"no model config named {str(source)!r}; near names: {near}; a folder or a hub id works too")
     try:
         return AutoConfig.from_pretrained(path or str(source))
     except (OSError, ValueError, json.JSONDecodeError) as error:

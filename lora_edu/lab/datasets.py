@@ -95,7 +95,7 @@ def encode(entries: Sequence[dict[str, Any]], tokenizer: Any, max_length: int = 
             raise ValueError(
                 f"max_length={max_length}: the prompt {prompt!r} alone has {len(given)} tokens; raise max_length"
             )
-        wanted = [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        wanted = [*tokenizer(answer, add_special_tokens=False, verbose=False)["input_ids"], tokenizer.eos_token_id]
         rows.append(
             {
                 "input_ids": (given + wanted)[:max_length],

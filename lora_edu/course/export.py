@@ -1,0 +1,62 @@
+"""Export a lesson to one HTML file that needs no network: a page to read, or slides to teach with."""
+
+import re
+from pathlib import Path
+
+from nbformat import NotebookNode
+
+from lora_edu.course.book import BOOK
+from lora_edu.course.notebooks import BUILD, find_notebook, read, title
+
+TEMPLATES = BOOK / "export"
+KINDS = {"html": "lesson_page", "slides": "lesson_slides"}
+HIDDEN = ["remove-cell"]
+
+
+def export(name: str, to: str = "html", output: Path | None = None) -> Path:
+    """Write a lesson as one file and return its path.
+
+    Args:
+        name: number, name or path of a notebook; its stored outputs are shown.
+        to: "html" or "slides".
+        output: the file to write, by default ``build/export/NAME.html`` or ``NAME.slides.html``.
+
+    Raises:
+        ValueError: for another kind, or a lesson in which no cell is marked for slides.
+    """
+    from nbconvert import HTMLExporter, SlidesExporter
+    from traitlets.config import Config
+
+    if to not in KINDS:
+        raise ValueError(f"--to {to}: expected html or slides")
+    source = find_notebook(name)
+    notebook = read(source)
+    if to == "slides":
+        _for_slides(notebook, source.stem)
+    settings = Config({"TagRemovePreprocessor": {"enabled": True, "remove_cell_tags": HIDDEN}})
+    exporter_class = SlidesExporter if to == "slides" else HTMLExporter
+    exporter = exporter_class(config=settings, extra_template_basedirs=[str(TEMPLATES)], template_name=KINDS[to])
+    notebook.metadata["title"] = title(notebook) or source.stem
+    files = {
+        "mathjax": BOOK / "_static" / "mathjax" / "tex-svg.js",
+        "reveal_js": TEMPLATES / "reveal" / "reveal.js",
+        "reveal_css": TEMPLATES / "reveal" / "reveal.css",
+    }
+    texts = {key: path.read_text(encoding="utf-8").replace("</script", "<\\/script") for key, path in files.items()}
+    body, _ = exporter.from_notebook_node(notebook, resources={"inline": texts, "metadata": {"name": source.stem}})
+    if to == "slides":  # nbconvert's template has these links outside of any block that could be replaced
+        body = re.sub(r'<link [^>]*rel="stylesheet"[^>]*>', "", body)
+    output = output or BUILD / "export" / f"{source.stem}{'.slides' if to == 'slides' else ''}.html"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(body, encoding="utf-8")
+    return output
+
+
+def _for_slides(notebook: NotebookNode, name: str) -> None:
+    """A cell without a mark of its own does not appear: slides are what the author chose."""
+    marks = [cell.metadata.get("slideshow", {}).get("slide_type", "") for cell in notebook.cells]
+    if not any(mark in ("slide", "subslide") for mark in marks):
+        raise ValueError(f"{name} has no cell marked as a slide (metadata slideshow.slide_type)")
+    for cell, mark in zip(notebook.cells, marks, strict=True):
+        if not mark or mark == "-":
+            cell.metadata["slideshow"] = {"slide_type": "skip"}

@@ -1,0 +1,103 @@
+"""``lora-edu lessons …``: list, run, exercises, reset, export."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lora_edu.course.console import console, fail, friendly, progress_bar
+
+lessons = typer.Typer(no_args_is_help=True, help="List, run, reset and export the lessons.")
+
+
+@lessons.command("list")
+@friendly
+def list_() -> None:
+    """List the lessons, with the time each took when it last ran here."""
+    import json
+
+    from lora_edu.course.notebooks import EXERCISES, list_notebooks, read, title
+    from lora_edu.course.runs import RAN
+
+    for path in list_notebooks():
+        note = RAN / f"{path.stem}.json"
+        seconds = f"{json.loads(note.read_text())['seconds']:6.1f} s" if note.exists() else "       –"
+        exercise = "exercises" if (EXERCISES / path.name).exists() else ""
+        console.print(f"{path.stem:32} {seconds}  {title(read(path))}  {exercise}", markup=False)
+
+
+@lessons.command("run")
+@friendly
+def run(
+    names: Annotated[list[str] | None, typer.Argument(help="Numbers or names, e.g. 03; all if none is given.")] = None,
+    update: Annotated[bool, typer.Option("--update", help="Write the outputs into lessons/ (for authors).")] = False,
+    solutions: Annotated[bool, typer.Option("--solutions", help="Run the solutions instead of the lessons.")] = False,
+) -> None:
+    """Execute lessons from top to bottom on the CPU.
+
+    Without --update copies run under build/ and lessons/ stays as it is. With --update the outputs are written into
+    lessons/, and the exercises of the same numbers are generated again from their solutions.
+    """
+    from lora_edu.course.execute import update as execute_and_write
+    from lora_edu.course.exercises import generate
+    from lora_edu.course.notebooks import BUILD, EXERCISES, LESSONS, SOLUTIONS, find_notebook, list_notebooks
+    from lora_edu.course.runs import RAN
+    from lora_edu.course.runs import run as run_copies
+
+    folder = SOLUTIONS if solutions else LESSONS
+    sources = [find_notebook(name, folder) for name in names] if names else list_notebooks(folder)
+    if not sources:
+        fail(f"no notebooks in {folder.name}/")
+    with progress_bar("notebooks", len(sources)) as start:
+        if update:
+            for source in sources:
+                execute_and_write(source, source, start(source.stem))
+        else:
+            target = BUILD / "solutions" if solutions else RAN
+            results = run_copies(sources, start, target, force=True)
+    if not update:
+        for result in results:
+            console.print(f"{result.seconds:6.1f} s  {result.name}  {result.error or 'ran'}", markup=False)
+        if any(result.error for result in results):
+            raise typer.Exit(1)
+        console.print(f"the executed copies are in {target}")
+        return
+    for source in sources:
+        if (SOLUTIONS / source.name).exists() and generate(SOLUTIONS / source.name):
+            console.print(f"wrote {EXERCISES.name}/{source.name}")
+
+
+@lessons.command("exercises")
+@friendly
+def exercises(
+    names: Annotated[list[str] | None, typer.Argument(help="Numbers or names, e.g. 03; all if none is given.")] = None,
+) -> None:
+    """Generate lessons/exercises/ from lessons/solutions/ (for authors)."""
+    from lora_edu.course.exercises import generate
+    from lora_edu.course.notebooks import SOLUTIONS, find_notebook, list_notebooks
+
+    for source in [find_notebook(name, SOLUTIONS) for name in names] if names else list_notebooks(SOLUTIONS):
+        console.print(f"{'wrote' if generate(source) else 'current'}  exercises/{source.name}")
+
+
+@lessons.command("reset")
+@friendly
+def reset(name: Annotated[str, typer.Argument(help="Number or name of a lesson, e.g. 03, or exercises/03.")]) -> None:
+    """Put a fresh copy of one notebook into work/. What was there is kept beside it, as NAME.before-reset.ipynb."""
+    from lora_edu.course.work import reset as reset_one
+
+    kept, fresh = reset_one(name)
+    console.print(f"{fresh} is as new" + (f"; what was there is in {kept}" if kept else ""))
+
+
+@lessons.command("export")
+@friendly
+def export(
+    name: Annotated[str, typer.Argument(help="Number, name or path of a lesson.")],
+    to: Annotated[str, typer.Option(help="html (the whole lesson) or slides.")] = "html",
+    output: Annotated[Path | None, typer.Option(help="The file to write; by default under build/export/.")] = None,
+) -> None:
+    """Export a lesson to one file that needs no network: a page, or slides to teach with."""
+    from lora_edu.course.export import export as export_one
+
+    console.print(f"wrote {export_one(name, to, output)}")

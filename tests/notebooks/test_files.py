@@ -1,0 +1,61 @@
+"""The notebooks on disk, read and not run: executed, canonical, complete, and linked to what exists."""
+
+import pytest
+
+from lora_edu.course import inspection
+from lora_edu.course.exercises import outdated
+from lora_edu.course.notebooks import EXERCISES, LESSONS, SOLUTIONS, list_notebooks, read
+
+LESSON_FILES = list_notebooks(LESSONS)
+SOLUTION_FILES = list_notebooks(SOLUTIONS)
+EXERCISE_FILES = list_notebooks(EXERCISES)
+
+
+def named(path):
+    return f"{path.parent.name}/{path.stem}"
+
+
+def test_there_are_lessons_with_solutions_and_exercises():
+    assert len(LESSON_FILES) >= 6
+    assert [path.name for path in SOLUTION_FILES] == [path.name for path in LESSON_FILES]
+    assert [path.name for path in EXERCISE_FILES] == [path.name for path in LESSON_FILES]
+
+
+@pytest.mark.parametrize("path", LESSON_FILES + SOLUTION_FILES + EXERCISE_FILES, ids=named)
+def test_form(path):
+    assert list(inspection.problems_of_any(path)) == []
+
+
+@pytest.mark.parametrize("path", LESSON_FILES + SOLUTION_FILES, ids=named)
+def test_outputs(path):
+    assert list(inspection.problems_of_executed(read(path))) == []
+
+
+@pytest.mark.parametrize("path", LESSON_FILES, ids=named)
+def test_template(path):
+    assert list(inspection.problems_of_lesson(read(path), path.name[:2])) == []
+
+
+@pytest.mark.parametrize("path", SOLUTION_FILES, ids=named)
+def test_solutions_have_all_tiers(path):
+    assert list(inspection.problems_of_solution(read(path))) == []
+
+
+@pytest.mark.parametrize("path", LESSON_FILES + EXERCISE_FILES, ids=named)
+def test_only_solutions_are_tagged_so(path):
+    assert not [i for i, cell in enumerate(read(path).cells) if "solution" in cell.metadata.get("tags", [])]
+
+
+def test_exercises_are_what_the_solutions_give():
+    assert outdated() == []
+
+
+def test_few_cells_are_exempt_from_comparison():
+    counts = {path: inspection.ignored_cells(read(path)) for path in LESSON_FILES + SOLUTION_FILES}
+    timing = {path for path in counts if path.name[:2] in inspection.TIMING_LESSONS}
+    for path in timing:
+        ignored, cells = counts[path]
+        assert ignored <= inspection.IGNORED_SHARE_TIMING * cells, path.name
+    ignored = sum(counts[path][0] for path in counts if path not in timing)
+    cells = sum(counts[path][1] for path in counts if path not in timing)
+    assert ignored <= inspection.IGNORED_SHARE * cells

@@ -1,0 +1,174 @@
+"""The command line: help everywhere, one line instead of a traceback, and only --update writes lessons/."""
+
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+from nbformat.v4 import new_code_cell, new_notebook
+from typer.testing import CliRunner
+
+from lora_edu.course import doctor, notebooks, testing, work
+from lora_edu.course.cli import app
+from lora_edu.course.notebooks import normalise, read, write
+
+COMMANDS = [
+    [],
+    ["doctor"],
+    ["bases", "list"],
+    ["bases", "fetch"],
+    ["count"],
+    ["check"],
+    ["course"],
+    ["book"],
+    ["test"],
+    ["lab"],
+    ["lessons", "list"],
+    ["lessons", "run"],
+    ["lessons", "exercises"],
+    ["lessons", "reset"],
+    ["lessons", "export"],
+]
+
+
+def call(*arguments):
+    return CliRunner().invoke(app, list(arguments))
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_help(command):
+    result = call(*command, "--help")
+    assert result.exit_code == 0
+    assert "Usage" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["lessons", "run", "98"], "no notebook '98' in lessons/"),
+        (["lessons", "export", "98"], "no notebook '98'"),
+        (["lessons", "reset", "98"], "no notebook '98'"),
+        (["check", "98"], "no notebook '98' in exercises/"),
+        (["test", "nothing"], "unknown part 'nothing'"),
+        (["bases", "fetch", "nothing"], "nothing"),
+        (["count", "llama-7b", "--r", "0"], "0"),
+        (["count", "llama-7b", "--targets", "q_prok"], "q_prok"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_errors_are_one_line(arguments, words):
+    result = call(*arguments)
+    assert result.exit_code == 1
+    assert "Traceback" not in result.output
+    assert words in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_it_also_runs_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "lora_edu.course.cli", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+
+
+def test_count():
+    assert "4,194,304" in call("count", "llama-7b", "--r", "8", "--targets", "q_proj,v_proj").output
+
+
+@pytest.fixture
+def lessons(tmp_path, monkeypatch):
+    """A course of one lesson, in place of the real one."""
+    folder = tmp_path / "lessons"
+    write(normalise(new_notebook(cells=[new_code_cell("1 + 1")])), folder / "01_a.ipynb")
+    write(normalise(new_notebook(cells=[new_code_cell("2 + 2")])), folder / "solutions" / "01_a.ipynb")
+    for name, path in {"LESSONS": folder, "SOLUTIONS": folder / "solutions", "BUILD": tmp_path / "build"}.items():
+        monkeypatch.setattr(notebooks, name, path)
+    monkeypatch.setattr("lora_edu.course.runs.RAN", tmp_path / "build" / "lessons")
+    monkeypatch.setattr("lora_edu.course.exercises.EXERCISES", folder / "exercises")
+    monkeypatch.setattr(notebooks.find_notebook, "__defaults__", (folder,))
+    monkeypatch.setattr(notebooks.list_notebooks, "__defaults__", (folder,))
+    monkeypatch.setattr("lora_edu.course.exercises.generate.__defaults__", (folder / "exercises",))
+    return folder
+
+
+def test_only_update_writes_lessons(lessons):
+    before = {path: path.read_bytes() for path in lessons.rglob("*.ipynb")}
+    assert call("lessons", "run", "01").exit_code == 0
+    assert {path: path.read_bytes() for path in lessons.rglob("*.ipynb")} == before
+    assert call("lessons", "run", "01", "--update").exit_code == 0
+    assert read(lessons / "01_a.ipynb").cells[0].outputs[0].data["text/plain"] == "2"
+    assert (lessons / "exercises" / "01_a.ipynb").exists()
+    assert (lessons / "solutions" / "01_a.ipynb").read_bytes() == before[lessons / "solutions" / "01_a.ipynb"]
+
+
+def test_a_failing_part_is_said_once(monkeypatch):
+    monkeypatch.setattr(testing, "run_tests", lambda parts: [testing.Result("unit", False, "1 failed", 1.0)])
+    result = call("test")
+    assert result.exit_code == 1
+    assert result.stderr.strip() == "lora-edu: 1 of 1 parts failed"
+
+
+def test_a_failing_lesson_fails_the_command(lessons):
+    write(normalise(new_notebook(cells=[new_code_cell("1 / 0")])), lessons / "01_a.ipynb")
+    result = call("lessons", "run", "01")
+    assert result.exit_code == 1
+    assert "01_a, cell 0 (1 / 0): ZeroDivisionError" in result.output
+
+
+@pytest.mark.parametrize(("ci", "code"), [("", 0), ("true", 1)])
+def test_a_base_that_cannot_be_fetched(monkeypatch, ci, code):
+    def unreachable(names, say):
+        raise ConnectionError("pip could not\ndownload it")
+
+    monkeypatch.setattr("lora_edu.lab.bases.fetch", unreachable)
+    monkeypatch.setenv("CI", ci)
+    result = call("bases", "fetch", "minilm")
+    assert result.exit_code == code
+    assert "minilm: could not be fetched (pip could not download it)" in result.output
+
+
+def test_check_prefers_the_learners_copy(tmp_path, monkeypatch):
+    write(normalise(new_notebook(cells=[])), tmp_path / "work" / "exercises" / "01_a.ipynb")
+    monkeypatch.setattr(work, "EXERCISES", tmp_path / "lessons" / "exercises")
+    write(normalise(new_notebook(cells=[])), tmp_path / "lessons" / "exercises" / "01_a.ipynb")
+    write(normalise(new_notebook(cells=[])), tmp_path / "lessons" / "exercises" / "02_b.ipynb")
+    assert work.exercise_to_check("1", tmp_path / "work").is_relative_to(tmp_path / "work")
+    monkeypatch.setattr(notebooks.find_notebook, "__defaults__", (tmp_path / "lessons",))
+    assert work.exercise_to_check("2", tmp_path / "work").is_relative_to(tmp_path / "lessons")
+
+
+def test_doctor_reads_the_pinned_versions(tmp_path):
+    (tmp_path / "c.txt").write_text("# note\ntorch==2.13.0\nhuggingface_hub==2.4.0\n")
+    assert doctor.pinned(tmp_path / "c.txt") == {"torch": "2.13.0", "huggingface-hub": "2.4.0"}
+    assert doctor.pinned(tmp_path / "none.txt") == {}
+
+
+def test_doctor_says_what_differs(monkeypatch):
+    monkeypatch.setattr(doctor, "pinned", lambda: {"torch": "0.0.1"})
+    monkeypatch.setattr(doctor, "LIBRARIES", ["torch", "no-such-package"])
+    torch, missing = doctor._versions()[1:]
+    assert torch.state == "note"
+    assert "0.0.1" in torch.words
+    assert (missing.state, missing.what) == ("bad", "no-such-package")
+
+
+def test_the_probe_measures_a_time():
+    assert 0 < doctor.probe(0.05) < 60_000
+
+
+def test_summary_counts_by_part(tmp_path):
+    suite = ElementTree.Element("testsuite")
+    for classname, child in [
+        ("tests.unit.test_layer", None),
+        ("tests.unit.test_layer.TestX", "failure"),
+        ("tests.parity.test_peft", "skipped"),
+        ("tests.notebooks.test_files", "error"),
+    ]:
+        case = ElementTree.SubElement(suite, "testcase", classname=classname, time="1.5")
+        if child:
+            ElementTree.SubElement(case, child)
+    ElementTree.ElementTree(suite).write(tmp_path / "r.xml")
+    rows = testing.summarise(tmp_path / "r.xml", ["unit", "parity", "files"])
+    assert [(row.part, row.good, row.words, row.seconds) for row in rows] == [
+        ("unit", False, "1 passed, 1 failed", 3.0),
+        ("parity", True, "1 skipped", 1.5),
+        ("files", False, "1 failed", 1.5),
+    ]
