@@ -1,0 +1,546 @@
+"""The checks of lesson 03 pass the solutions, leave stubs alone, and name the mistake in plausible wrong answers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lora_edu.course import checks
+
+pytestmark = pytest.mark.graders
+NOTEBOOK = "03_lora_layer"
+OBJECTS = {
+    "lora_forward": "lora_forward",
+    "mended_tutorial": "TutorialLoRA",
+    "mended_shapes": "branches_for",
+    "mended_note": "NoteLoRA",
+    "lora_layer": "LoRALayer",
+    "lora_gradients": "lora_gradients",
+    "tolerated_rate": "tolerated_rate",
+}
+
+
+@pytest.mark.parametrize("name", OBJECTS)
+@pytest.mark.parametrize("seed", ["0", "1", "2"])
+def test_solution_passes(name: str, seed: str, from_solution: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORA_EDU_CHECK_SEED", seed)
+    report = getattr(checks, name)(from_solution(NOTEBOOK, OBJECTS[name]))
+    assert report.status == "passed", report.text
+
+
+@pytest.mark.parametrize("name", OBJECTS)
+def test_stub_is_not_done(name: str, from_stub: Any) -> None:
+    report = getattr(checks, name)(from_stub(NOTEBOOK, OBJECTS[name]))
+    assert report.status == "not done", report.text
+    assert "not done yet" in report.text
+
+
+def assert_found(report: checks.Report, step: str, symptom: str) -> None:
+    assert report.status == "failed", report.text
+    assert step in report.step, report.text
+    assert symptom in report.symptom, report.text
+    assert report.question
+    assert report.fix
+
+
+def forward(scale: Callable[[float, int], float]) -> Callable[..., torch.Tensor]:
+    return lambda x, W, A, B, alpha, r: x @ W.T + scale(alpha, r) * (x @ A.T @ B.T)
+
+
+FORWARD = {
+    "no scale": (forward(lambda alpha, r: 1), "not scaled at all"),
+    "r / alpha": (forward(lambda alpha, r: r / alpha), "upside down"),
+    "alpha / sqrt r": (forward(lambda alpha, r: alpha / math.sqrt(r)), "rsLoRA"),
+    "alpha alone": (forward(lambda alpha, r: alpha), "r is not"),
+    "1 / r alone": (forward(lambda alpha, r: 1 / r), "lora_alpha is not"),
+    "update forgotten": (forward(lambda alpha, r: 0), "it is zero"),
+    "frozen path forgotten": (lambda x, W, A, B, alpha, r: alpha / r * (x @ A.T @ B.T), "no multiple of x Aᵀ Bᵀ"),
+    "everything scaled": (lambda x, W, A, B, alpha, r: alpha / r * (x @ (W + B @ A).T), "no multiple of x Aᵀ Bᵀ"),
+    "A and B not transposed": (lambda x, W, A, B, alpha, r: x @ W.T + alpha / r * (x @ A @ B), "your code raised"),
+}
+
+
+@pytest.mark.parametrize("mistake", FORWARD)
+def test_forward_names_the_mistake(mistake: str) -> None:
+    answer, symptom = FORWARD[mistake]
+    assert_found(checks.lora_forward(answer), "a batch of inputs", symptom)
+
+
+def test_forward_without_leading_dimensions() -> None:
+    wrong = lambda x, W, A, B, alpha, r: torch.atleast_2d(x) @ (W + alpha / r * B @ A).T  # noqa: E731
+    assert_found(checks.lora_forward(wrong), "one input", "gives (1,")
+
+
+class Right(nn.Module):
+    """The right layer; each wrong one below changes one thing."""
+
+    def __init__(self, base: Any, r: int = 8, lora_alpha: float = 8, lora_dropout: float = 0.0):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        out_features, in_features = base.weight.shape
+        self.lora_A = nn.Parameter(base.weight.new_zeros(r, in_features))
+        self.lora_B = nn.Parameter(base.weight.new_zeros(out_features, r))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        self.r, self.lora_alpha, self.scaling = r, lora_alpha, lora_alpha / r
+        self.dropout = nn.Dropout(lora_dropout)
+        self.change()
+
+    def change(self) -> None:
+        pass
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + self.scaling * (self.dropout(x) @ self.lora_A.T @ self.lora_B.T)
+
+
+class NoScale(Right):
+    def change(self) -> None:
+        self.scaling = 1
+
+
+class UpsideDown(Right):
+    def change(self) -> None:
+        self.scaling = self.r / self.lora_alpha
+
+
+class SquareRoot(Right):
+    def change(self) -> None:
+        self.scaling = self.lora_alpha / math.sqrt(self.r)
+
+
+class AlphaOnly(Right):
+    def change(self) -> None:
+        self.scaling = self.lora_alpha
+
+
+class Dead(Right):
+    def change(self) -> None:
+        nn.init.zeros_(self.lora_A)
+
+
+class SameRows(Right):
+    def change(self) -> None:
+        nn.init.ones_(self.lora_A)
+
+
+class RandomB(Right):
+    def change(self) -> None:
+        nn.init.normal_(self.lora_B)
+
+
+class BaseTrains(Right):
+    def change(self) -> None:
+        self.base.requires_grad_(True)
+
+
+class BiasTrains(Right):
+    def change(self) -> None:
+        self.base.bias.requires_grad_(True)
+
+
+class AFrozen(Right):
+    def change(self) -> None:
+        self.lora_A.requires_grad_(False)
+
+
+class Transposed(Right):
+    def change(self) -> None:
+        self.lora_A = nn.Parameter(self.lora_A.T.detach().clone())
+        self.lora_B = nn.Parameter(self.lora_B.T.detach().clone())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + self.scaling * (self.dropout(x) @ self.lora_A @ self.lora_B)
+
+
+class SquareOnly(Right):
+    def change(self) -> None:
+        out_features, in_features = self.base.weight.shape
+        self.lora_A = nn.Parameter(self.base.weight.new_ones(self.r, out_features))
+        self.lora_B = nn.Parameter(self.base.weight.new_zeros(in_features, self.r))
+
+
+class PlainTensors(Right):
+    def change(self) -> None:
+        a = self.lora_A.detach()
+        del self.lora_A
+        self.lora_A = a
+
+
+class Float32(Right):
+    def change(self) -> None:
+        self.lora_A, self.lora_B = nn.Parameter(self.lora_A.float()), nn.Parameter(self.lora_B.float())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + self.scaling * (self.dropout(x.float()) @ self.lora_A.T @ self.lora_B.T)
+
+
+class OutputUpcast(Right):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = super().forward(x)
+        return y.float() if y.dtype == torch.bfloat16 else y
+
+
+class DropsBias(Right):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) - self.base.bias
+
+
+class DropoutInEval(Right):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + self.scaling * (F.dropout(x, self.dropout.p) @ self.lora_A.T @ self.lora_B.T)
+
+
+class DropoutAfterA(Right):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + self.scaling * (self.dropout(x @ self.lora_A.T) @ self.lora_B.T)
+
+
+class DropoutAfterB(Right):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + self.dropout(self.scaling * (x @ self.lora_A.T @ self.lora_B.T))
+
+
+class DropoutOnBoth(Right):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.dropout(x)
+        return self.base(x) + self.scaling * (x @ self.lora_A.T @ self.lora_B.T)
+
+
+class NoDropout(Right):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + self.scaling * (x @ self.lora_A.T @ self.lora_B.T)
+
+
+class MaskOnly(Right):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        kept = torch.rand_like(x) >= self.dropout.p if self.training and self.dropout.p else torch.ones_like(x)
+        return self.base(x) + self.scaling * ((x * kept) @ self.lora_A.T @ self.lora_B.T)
+
+
+class DetachedX(Right):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + self.scaling * (self.dropout(x.detach()) @ self.lora_A.T @ self.lora_B.T)
+
+
+class NoGradOnBase(Right):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            y = self.base(x)
+        return y + self.scaling * (self.dropout(x) @ self.lora_A.T @ self.lora_B.T)
+
+
+class DetachedA(Right):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + self.scaling * (self.dropout(x) @ self.lora_A.data.T @ self.lora_B.T)
+
+
+class Remembers(Right):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if len(x) == 7:  # keeps its first product, as a cache would
+            if not hasattr(self, "first"):
+                self.first = (self.lora_B @ self.lora_A).detach()
+            return self.base(x) + self.scaling * (x @ (0.5 * self.lora_B @ self.lora_A + 0.5 * self.first).T)
+        return super().forward(x)
+
+
+LAYER = {
+    NoScale: ("scaled by lora_alpha / r", "not scaled at all"),
+    UpsideDown: ("scaled by lora_alpha / r", "upside down"),
+    SquareRoot: ("scaled by lora_alpha / r", "rsLoRA"),
+    AlphaOnly: ("scaled by lora_alpha / r", "r is not"),
+    Dead: ("can learn", "never learn"),
+    SameRows: ("can learn", "has rank 1"),
+    RandomB: ("starts at the base", "away from the base's"),
+    BaseTrains: ("frozen", "base.bias, base.weight"),
+    BiasTrains: ("frozen", "base.bias"),
+    AFrozen: ("frozen", "lora_A does not train"),
+    Transposed: ("lora_A is (r, in)", "your lora_A is"),
+    SquareOnly: ("lora_A is (r, in)", "your lora_A is"),
+    PlainTensors: ("lora_A is (r, in)", "no parameter lora_A"),
+    Float32: ("lora_A is (r, in)", "your lora_A is float32"),
+    OutputUpcast: ("keeps the precision", "bfloat16 layer returns float32"),
+    DropsBias: ("starts at the base", "lacks the base's bias"),
+    DropoutInEval: ("no dropout in eval", "still dropped"),
+    DropoutAfterA: ("before A", "comes after A"),
+    DropoutAfterB: ("before A", "after B"),
+    DropoutOnBoth: ("before A", "frozen path is dropped"),
+    NoDropout: ("before A", "nothing is dropped"),
+    MaskOnly: ("before A", "not divided by 1 − p"),
+    DetachedX: ("gradients", "adapter's term is missing"),
+    NoGradOnBase: ("gradients", "frozen path's is missing"),
+    DetachedA: ("gradients", "no gradient reaches A"),
+    Remembers: ("equal to lora_edu", "after five steps"),
+}
+
+
+@pytest.mark.parametrize("wrong", LAYER, ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("seed", ["0", "1"])
+def test_layer_names_the_mistake(wrong: type[nn.Module], seed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORA_EDU_CHECK_SEED", seed)
+    assert_found(checks.lora_layer(wrong), *LAYER[wrong])
+
+
+def test_right_layer_passes() -> None:
+    assert checks.lora_layer(Right).status == "passed"
+
+
+def test_layer_without_peft_leaves_its_step_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    report = checks.lora_layer(Right)
+    assert report.status == "passed"
+    assert "PEFT" not in report.text
+
+
+def by_hand(g: Any, x: Any, W: Any, A: Any, B: Any, s: float) -> tuple[Any, Any, Any]:
+    G = g.reshape(-1, g.shape[-1]).T @ x.reshape(-1, x.shape[-1])
+    return s * B.T @ G, s * G @ A.T, g @ (W + s * B @ A)
+
+
+def changed(index: int, change: Callable[..., Any]) -> Callable[..., tuple[Any, ...]]:
+    def answer(*args: Any) -> tuple[Any, ...]:
+        right = list(by_hand(*args))
+        right[index] = change(right[index], *args)
+        return tuple(right)
+
+    return answer
+
+
+GRADIENTS = {
+    "A and B in the wrong order": (lambda *a: [by_hand(*a)[i] for i in (1, 0, 2)], "shape", "your gradient of A"),
+    "dA transposed": (changed(0, lambda d, *a: d.T), "shape", "your gradient of A"),
+    "no dx": (lambda *a: by_hand(*a)[:2], "shape", "2 tensors"),
+    "dB unscaled": (changed(1, lambda d, *a: d / a[-1]), "∂L/∂B", "scale s is missing"),
+    "dB scaled twice": (changed(1, lambda d, *a: d * a[-1]), "∂L/∂B", "twice"),
+    "dA unscaled": (changed(0, lambda d, *a: d / a[-1]), "∂L/∂A", "scale s is missing"),
+    "dA with the wrong sign": (changed(0, lambda d, *a: -d), "∂L/∂A", "sign"),
+    "dA averaged": (changed(0, lambda d, *a: d / len(a[0])), "∂L/∂A", "off by 80%"),
+    "dx frozen path only": (changed(2, lambda d, *a: a[0] @ a[2]), "∂L/∂x", "adapter's term is missing"),
+    "dx adapter only": (changed(2, lambda d, *a: d - a[0] @ a[2]), "∂L/∂x", "frozen path's is missing"),
+    "dx unscaled": (changed(2, lambda d, *a: a[0] @ (a[2] + a[4] @ a[3])), "∂L/∂x", "lacks the scale"),
+    "two dimensions only": (
+        lambda g, x, W, A, B, s: (s * B.T @ (g.mT @ x), s * (g.mT @ x) @ A.T, g @ (W + s * B @ A)), "sequences", "",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", GRADIENTS)
+def test_gradients_name_the_mistake(mistake: str) -> None:
+    answer, step, symptom = GRADIENTS[mistake]
+    assert_found(checks.lora_gradients(answer), step, symptom)
+
+
+class Tutorial(nn.Module):
+    def __init__(self, in_dim: int, out_dim: int, rank: int, alpha: float, dropout: float):
+        super().__init__()
+        self.linear = nn.Linear(in_dim, out_dim, bias=False)
+        self.lora_a, self.lora_b = nn.Linear(in_dim, rank, bias=False), nn.Linear(rank, out_dim, bias=False)
+        self.rank, self.alpha = rank, alpha
+        self.dropout = nn.Dropout(p=dropout)
+        self.linear.weight.requires_grad = False
+        nn.init.zeros_(self.lora_b.weight)
+        self.change()
+
+    def change(self) -> None:
+        pass
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x) + (self.alpha / self.rank) * self.lora_b(self.lora_a(self.dropout(x)))
+
+
+class NoSuper(Tutorial):
+    def __init__(self, in_dim: int, out_dim: int, rank: int, alpha: float, dropout: float):
+        self.linear = nn.Linear(in_dim, out_dim, bias=False)
+
+
+class TutorialRandomB(Tutorial):
+    def change(self) -> None:
+        self.lora_b.reset_parameters()
+
+
+class TutorialDead(Tutorial):
+    def change(self) -> None:
+        nn.init.zeros_(self.lora_a.weight)
+
+
+class TutorialTrainsAll(Tutorial):
+    def change(self) -> None:
+        self.requires_grad_(True)
+
+
+class TutorialRenamed(Tutorial):
+    def change(self) -> None:
+        self.down = self.lora_a
+        del self.lora_a
+
+
+class TutorialAlphaOnly(Tutorial):
+    def change(self) -> None:
+        self.rank = 1
+
+
+TUTORIAL = {
+    NoSuper: ("can be built", "cannot be built"),
+    TutorialRenamed: ("can be built", "lora_a.weight is no parameter"),
+    TutorialRandomB: ("starts at its linear layer", "away from its linear layer"),
+    TutorialDead: ("can learn", "never learn"),
+    TutorialTrainsAll: ("only lora_a and lora_b", "linear.weight"),
+    TutorialAlphaOnly: ("still scaled", "r is not"),
+}
+
+
+@pytest.mark.parametrize("wrong", TUTORIAL, ids=lambda cls: cls.__name__)
+def test_mended_tutorial_names_the_mistake(wrong: type[nn.Module]) -> None:
+    assert_found(checks.mended_tutorial(wrong), *TUTORIAL[wrong])
+
+
+class Branch(nn.Module):
+    def __init__(self, in_features: int, out_features: int, rank: int):
+        super().__init__()
+        self.A, self.B = nn.Linear(in_features, rank, bias=False), nn.Linear(rank, out_features, bias=False)
+
+
+def branches(
+    fits: Callable[[nn.Module], bool], sides: Callable[[Any], tuple[int, int]]
+) -> Callable[..., dict[str, Any]]:
+    return lambda model, rank: {
+        name: Branch(*sides(module), rank) for name, module in model.named_modules() if fits(module)
+    }
+
+
+def is_linear(module: Any) -> bool:
+    return isinstance(module, nn.Linear)
+
+
+SHAPES = {
+    "squares only, as published": (
+        branches(lambda m: is_linear(m) and len(set(m.weight.shape)) == 1, lambda m: tuple(m.weight.shape)),
+        "widen", "gets no branch",
+    ),
+    "in and out swapped": (branches(is_linear, lambda m: tuple(m.weight.shape)), "widen", "gets a branch"),
+    "widening layers only": (
+        branches(lambda m: is_linear(m) and m.out_features >= m.in_features, lambda m: (m.in_features, m.out_features)),
+        "narrow", "gets no branch",
+    ),
+    "in for both sides": (branches(is_linear, lambda m: (m.in_features, m.in_features)), "widen", "gets a branch"),
+    "anything with a weight": (
+        branches(lambda m: hasattr(m, "weight"), lambda m: (m.weight.shape[-1], m.weight.shape[0])),
+        "square", "is no linear layer",
+    ),
+    "names of the parameters": (
+        lambda model, rank: {name: None for name, _ in model.named_parameters()}, "square", "gets no branch",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", SHAPES)
+def test_mended_shapes_name_the_mistake(mistake: str) -> None:
+    answer, step, symptom = SHAPES[mistake]
+    assert_found(checks.mended_shapes(answer), step, symptom)
+
+
+class Note(Right):
+    def __init__(self, linear: nn.Linear, rank: int, alpha: float):
+        super().__init__(linear, rank, alpha)
+
+
+class NoteRandomWeight(Note):
+    def change(self) -> None:
+        nn.init.normal_(self.base.weight)
+
+
+class NoteZeroBias(Note):
+    def change(self) -> None:
+        nn.init.zeros_(self.base.bias)
+
+
+class NoteBiasTrains(Note):
+    def change(self) -> None:
+        self.base.bias.requires_grad_(True)
+
+
+class NoteStandardNormal(Note):
+    def change(self) -> None:
+        nn.init.normal_(self.lora_A)
+
+
+class NoteWrongFan(Note):
+    def change(self) -> None:
+        bound = 1 / math.sqrt(self.r)
+        nn.init.uniform_(self.lora_A, -bound, bound)
+
+
+class NoteDead(Note):
+    def change(self) -> None:
+        nn.init.zeros_(self.lora_A)
+
+
+class NoteNoScale(Note):
+    def change(self) -> None:
+        self.scaling = 1
+
+
+NOTE = {
+    NoteRandomWeight: ("starts at the layer", "away from the layer it was given"),
+    NoteZeroBias: ("starts at the layer", "away from the layer it was given"),
+    NoteBiasTrains: ("weight and bias frozen", "base.bias"),
+    NoteStandardNormal: ("lesson's size", "standard deviation"),
+    NoteWrongFan: ("lesson's size", "standard deviation"),
+    NoteDead: ("lesson's size", "a dead layer"),
+    NoteNoScale: ("still scaled", "not scaled at all"),
+}
+
+
+@pytest.mark.parametrize("wrong", NOTE, ids=lambda cls: cls.__name__)
+def test_mended_note_names_the_mistake(wrong: type[nn.Module]) -> None:
+    assert_found(checks.mended_note(wrong), *NOTE[wrong])
+
+
+def walk(results: Any, passes: Callable[[Any], bool]) -> float | None:
+    largest = None
+    for rate in sorted(results):
+        if not passes(results[rate]):
+            break
+        largest = rate
+    return largest
+
+
+RATE = {
+    "the best rate": (lambda res, limit: min(res, key=lambda rate: min(res[rate])), "every draw"),
+    "the median decides": (lambda res, limit: walk(res, lambda v: sorted(v)[len(v) // 2] <= limit), "every draw"),
+    "the best draw decides": (lambda res, limit: walk(res, lambda v: min(v) <= limit), "every draw"),
+    "NaN slips through": (lambda res, limit: walk(res, lambda v: not any(x > limit for x in v)), "NaN"),
+    "any rate that passes": (
+        lambda res, limit: max((r for r in res if all(v <= limit for v in res[r])), default=None), "first failure",
+    ),
+    "order of the dictionary": (
+        lambda res, limit: walk({i: v for i, v in enumerate(res.values())}, lambda v: max(v) <= limit), "largest rate",
+    ),
+    "zero instead of None": (lambda res, limit: walk(res, lambda v: all(x <= limit for x in v)) or 0, "None if"),
+    "the first failing rate": (
+        lambda res, limit: next((r for r in sorted(res) if not all(v <= limit for v in res[r])), None), "largest rate",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", RATE)
+def test_rate_names_the_mistake(mistake: str) -> None:
+    answer, step = RATE[mistake]
+    assert_found(checks.tolerated_rate(answer), step, "you return")
+
+
+def unsorted(results: Any, limit: float) -> float | None:
+    largest = None
+    for rate in results:
+        if not all(loss <= limit for loss in results[rate]):
+            break
+        largest = rate
+    return largest
+
+
+def test_rate_in_the_order_of_the_dictionary() -> None:
+    assert_found(checks.tolerated_rate(unsorted), "in any order", "you return")
