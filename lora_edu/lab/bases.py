@@ -177,6 +177,8 @@ def load_base(
                 source, dtype=dtype, local_files_only=local, output_loading_info=True, **options
             )
     _check_report(name, head, report)
+    if name in _CATALOGUE:
+        model.config._name_or_path = name  # what a saved adapter calls its base: not a path of this machine
     return model.eval(), tokenizer
 
 

@@ -1,0 +1,311 @@
+"""The checks of lesson 04 pass the solutions, leave stubs alone, and name the mistake in plausible wrong answers."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from lora_edu import LoRALinear
+from lora_edu.course import checks
+from lora_edu.matching import matches_names
+
+pytestmark = pytest.mark.graders
+NOTEBOOK = "04_lora_in_a_model"
+CHECKS = {
+    "name_matching": ["fits"],
+    "hand_injection": ["inject_by_hand"],
+    "save_and_load": ["save_lora", "load_lora"],
+    "seed_verdict": ["verdict"],
+}
+
+
+@pytest.mark.parametrize("seed", ["0", "1", "2"])
+@pytest.mark.parametrize("name", CHECKS)
+def test_solution_passes(name: str, seed: str, from_solution: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORA_EDU_CHECK_SEED", seed)
+    report = getattr(checks, name)(*(from_solution(NOTEBOOK, part) for part in CHECKS[name]))
+    assert report.status == "passed", report.text
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_stub_is_not_done(name: str, from_stub: Callable) -> None:
+    report = getattr(checks, name)(*(from_stub(NOTEBOOK, part) for part in CHECKS[name]))
+    assert report.status == "not done"
+    assert "not done yet" in report.text
+
+
+def test_load_alone_is_not_done(from_solution: Callable, from_stub: Callable) -> None:
+    report = checks.save_and_load(from_solution(NOTEBOOK, "save_lora"), from_stub(NOTEBOOK, "load_lora"))
+    assert report.status == "not done"
+    assert len(report.passed) == 3
+
+
+NAME_MATCHING = {
+    "substring": (lambda n, ts: any(t in n for t in ts), "parts of words", "eq_proj"),
+    "ends with, without the dot": (lambda n, ts: any(n.endswith(t) for t in ts), "parts of words", "eq_proj"),
+    "last segment only": (lambda n, ts: n.split(".")[-1] in ts, "several segments", "self_attn.q_proj"),
+    "equal only": (lambda n, ts: n in ts, "last segment", "q_proj"),
+    "top level forgotten": (lambda n, ts: any(n.endswith("." + t) for t in ts), "top of the model", "means 'q_proj'"),
+    "any segment": (lambda n, ts: any(f".{t}." in f".{n}." for t in ts), "inside a match", "q_proj.base"),
+    "read from the left": (lambda n, ts: any(n.startswith(t) for t in ts), "last segment", "From which side"),
+    "all of them": (
+        lambda n, ts: all(n == t or n.endswith("." + t) for t in ts),
+        "one fitting target",
+        "One fit is enough",
+    ),
+    "only the first": (lambda n, ts: n == ts[0] or n.endswith("." + ts[0]), "one fitting target", "any("),
+    "a pattern": (lambda n, ts: any(re.search(rf"(^|\.){t}$", n) for t in ts), "no patterns", "regular expression"),
+}
+
+
+@pytest.mark.parametrize("mistake", NAME_MATCHING)
+def test_name_matching_names_the_mistake(mistake: str) -> None:
+    answer, step, symptom = NAME_MATCHING[mistake]
+    assert_found(checks.name_matching(answer), step, symptom)
+
+
+def wrapped(
+    model: nn.Module,
+    targets: Sequence[str],
+    r: int = 8,
+    lora_alpha: float = 8,
+    match: Callable = matches_names,
+    freeze: str = "by owner",
+    kinds: tuple = (nn.Linear,),
+    names: str = "full",
+    fresh: bool = False,
+    settings: bool = True,
+) -> list[str]:
+    """Injection by hand with switches for its mistakes."""
+    if freeze == "first":
+        model.requires_grad_(False)
+    found = [(n, m) for n, m in model.named_modules() if isinstance(m, kinds) and match(targets, n)]
+    for name, linear in found:
+        parent, _, attribute = name.rpartition(".")
+        if fresh:
+            linear = nn.Linear(linear.in_features, linear.out_features).to(linear.weight)
+        layer = LoRALinear(linear, r, lora_alpha) if settings else LoRALinear(linear, lora_alpha=lora_alpha)
+        setattr(model.get_submodule(parent), attribute, layer)
+    if freeze == "by owner":
+        for module in model.modules():
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_(isinstance(module, LoRALinear))
+    elif freeze == "last":
+        model.requires_grad_(False)
+    elif freeze == "all but the head":
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("lora_" in name or name.startswith("head"))
+    return [name.rpartition(".")[2] if names == "short" else name for name, _ in found]
+
+
+def with_mistake(**switches: object) -> Callable[..., list[str]]:
+    return lambda model, targets, r=8, lora_alpha=8: wrapped(model, targets, r, lora_alpha, **switches)
+
+
+def in_a_copy(model: nn.Module, targets: Sequence[str], r: int = 8, lora_alpha: float = 8) -> list[str]:
+    return wrapped(copy.deepcopy(model), targets, r, lora_alpha)
+
+
+def top_level_only(model: nn.Module, targets: Sequence[str], r: int = 8, lora_alpha: float = 8) -> list[str]:
+    found = [name for name, child in model.named_children() if name in targets]
+    for name in found:
+        setattr(model, name, LoRALinear(getattr(model, name), r, lora_alpha))
+    return found
+
+
+def published(model: nn.Module, targets: Sequence[str], r: int = 8, lora_alpha: float = 8) -> list[str]:
+    """As in the lesson's 'Spot the bug', whole segments aside: a layer at the top of the model has no parent's name."""
+    found = []
+    for name, module in model.named_modules():
+        if matches_names(targets, name) and isinstance(module, nn.Linear):
+            parent, attribute = name.rsplit(".", 1)
+            setattr(model.get_submodule(parent), attribute, LoRALinear(module, r, lora_alpha))
+            found.append(name)
+    return found
+
+
+def while_walking(model: nn.Module, targets: Sequence[str], r: int = 8, lora_alpha: float = 8) -> list[str]:
+    found = []
+    for parent_name, parent in model.named_modules():
+        for attribute, child in parent._modules.items():
+            name = f"{parent_name}.{attribute}".lstrip(".")
+            if isinstance(child, nn.Linear) and matches_names(targets, name):
+                parent._modules.pop(attribute)
+                parent._modules[f"{attribute}"] = LoRALinear(child, r, lora_alpha)
+                parent._modules[f"{attribute}_done"] = nn.Identity()
+                found.append(name)
+    return found
+
+
+def substring(targets: Sequence[str], name: str) -> bool:
+    return any(target in name for target in targets)
+
+
+def substring_but_right(targets: Sequence[str], name: str) -> bool:
+    """Right on a fresh model; on an adapted one it also finds the layers inside."""
+    return matches_names(targets, name.removesuffix(".base"))
+
+
+HAND_INJECTION = {
+    "in a copy": (in_a_copy, "every target is replaced", "a copy of it"),
+    "top level only": (top_level_only, "every target is replaced", "at every depth"),
+    "a layer at the top": (published, "every target is replaced", "not enough values to unpack"),
+    "dictionary changed while walking": (while_walking, "every target is replaced", "RuntimeError"),
+    "substring": (with_mistake(match=substring), "every target is replaced", "eq_proj"),
+    "short names": (with_mistake(names="short"), "names of the replaced", "full names"),
+    "rank not passed on": (with_mistake(settings=False), "r and lora_alpha", "asked for r="),
+    "fresh weights": (with_mistake(fresh=True), "starts where it was", "new tensors"),
+    "only wrapped layers frozen": (with_mistake(freeze="never"), "only A and B train", "embed.weight"),
+    "head left to train": (with_mistake(freeze="all but the head"), "only A and B train", "head.weight"),
+    "adapter frozen too": (with_mistake(freeze="last"), "only A and B train", "frozen as well"),
+    "inner layers on a second call": (with_mistake(match=substring_but_right), "wraps nothing twice", "wrapped twice"),
+    "wraps the wrapper": (with_mistake(kinds=(nn.Linear, LoRALinear)), "wraps nothing twice", "wrapped twice"),
+    "second call freezes the first": (with_mistake(freeze="first"), "a second call", "stops the first adapter"),
+}
+
+
+@pytest.mark.parametrize("mistake", HAND_INJECTION)
+def test_hand_injection_names_the_mistake(mistake: str) -> None:
+    answer, step, symptom = HAND_INJECTION[mistake]
+    assert_found(checks.hand_injection(answer), step, symptom)
+
+
+def tensors_of(model: nn.Module, prefix: str = "base_model.model.", ending: str = ".weight") -> dict[str, torch.Tensor]:
+    return {
+        f"{prefix}{name}.{key}{ending}": getattr(module, key)
+        for name, module in model.named_modules()
+        if isinstance(module, LoRALinear)
+        for key in ("lora_A", "lora_B")
+    }
+
+
+def saver(change: Callable[[torch.Tensor], torch.Tensor] = lambda t: t, **names: str) -> Callable:
+    def save(model: nn.Module, file: Path) -> None:
+        save_file({key: change(t.detach()).contiguous() for key, t in tensors_of(model, **names).items()}, file)
+
+    return save
+
+
+def save_everything(model: nn.Module, file: Path) -> None:
+    tensors = {key: t.detach().clone() for key, t in tensors_of(model).items()}
+    base = {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" not in name}
+    save_file(tensors | base, file)
+
+
+def save_first_layer(model: nn.Module, file: Path) -> None:
+    save_file({key: t.detach() for key, t in list(tensors_of(model).items())[:2]}, file)
+
+
+def save_pickle(model: nn.Module, file: Path) -> None:
+    torch.save({key: t.detach() for key, t in tensors_of(model).items()}, file)
+
+
+def loader(missing: bool = True, foreign: bool = True, shapes: bool = True, early: bool = False) -> Callable:
+    """Loading that leaves out one of its checks, or copies before it is done with them."""
+
+    def load(model: nn.Module, file: Path) -> None:
+        places, tensors = tensors_of(model), load_file(file)
+        if early:
+            copy_all(places, {key: t for key, t in tensors.items() if key in places})
+        if missing and places.keys() - tensors.keys():
+            raise ValueError("missing")
+        if foreign and tensors.keys() - places.keys():
+            raise ValueError("foreign")
+        tensors = {key: t for key, t in tensors.items() if key in places}
+        if shapes and any(t.shape != places[key].shape for key, t in tensors.items()):
+            raise ValueError("shape")
+        copy_all(places, tensors)
+
+    return load
+
+
+@torch.no_grad()
+def copy_all(places: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor]) -> None:
+    for key, tensor in tensors.items():
+        places[key].copy_(tensor)
+
+
+def load_not_strict(model: nn.Module, file: Path) -> None:
+    state = {key.removeprefix("base_model.model.").removesuffix(".weight"): t for key, t in load_file(file).items()}
+    model.load_state_dict(state, strict=False)
+
+
+def load_new_parameters(model: nn.Module, file: Path) -> None:
+    for key, tensor in load_file(file).items():
+        module, _, attribute = key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".")
+        setattr(model.get_submodule(module), attribute, nn.Parameter(tensor))
+
+
+def load_only_a(model: nn.Module, file: Path) -> None:
+    copy_all(tensors_of(model), {key: t for key, t in load_file(file).items() if "lora_A" in key})
+
+
+SAVE_AND_LOAD = {
+    "base weights too": (save_everything, loader(), "nothing else", "belongs to the base"),
+    "one layer only": (save_first_layer, loader(), "nothing else", "the adapter has"),
+    "a pickle": (save_pickle, loader(), "nothing else", "no safetensors file"),
+    "prefix forgotten": (saver(prefix=""), loader(), "PEFT's keys", "base_model.model."),
+    "weight forgotten": (saver(ending=""), loader(), "PEFT's keys", "after lora_A"),
+    "transposed": (saver(lambda t: t.T), loader(), "value for value", "differs from the model's"),
+    "rounded": (saver(lambda t: t.bfloat16().float()), loader(), "value for value", "differs from the model's"),
+    "B not loaded": (saver(), load_only_a, "the same logits", "are not those of the saved one"),
+    "new parameters": (saver(), load_new_parameters, "the same logits", "an optimizer made before"),
+    "not strict": (saver(), load_not_strict, "tensor missing", "strict=False"),
+    "missing not noticed": (saver(), loader(missing=False), "tensor missing", "without a word"),
+    "foreign not noticed": (saver(), loader(foreign=False), "foreign tensor", "without a word"),
+    "shapes not compared": (saver(), loader(shapes=False), "another rank", "copy_ broadcasts"),
+    "copied before checking": (saver(), loader(early=True), "tensor missing", "half of it had been loaded"),
+}
+
+
+@pytest.mark.parametrize("mistake", SAVE_AND_LOAD)
+def test_save_and_load_names_the_mistake(mistake: str) -> None:
+    save, load, step, symptom = SAVE_AND_LOAD[mistake]
+    assert_found(checks.save_and_load(save, load), step, symptom)
+
+
+def mean(losses: Sequence[float]) -> float:
+    return sum(losses) / len(losses)
+
+
+def ranges(a: Sequence[float], b: Sequence[float], few: int = 2, equal: bool = False) -> str:
+    if min(len(a), len(b)) < few:
+        return "not evidence"
+    if max(a) < min(b) or (equal and max(a) == min(b)):
+        return "a"
+    return "b" if max(b) < min(a) else "not evidence"
+
+
+SEED_VERDICT = {
+    "higher is better": (lambda a, b: ranges(b, a), "lie apart", "lower loss wins"),
+    "never b": (lambda a, b: "a" if max(a) < min(b) else "not evidence", "lie apart", "exchanged"),
+    "lower mean": (lambda a, b: "a" if mean(a) < mean(b) else "b", "overlap", "every seed of one"),
+    "best seed": (lambda a, b: "a" if min(a) < min(b) else "b", "overlap", "every seed of one"),
+    "a fixed gap": (
+        lambda a, b: "not evidence" if abs(mean(a) - mean(b)) < 0.07 else "a" if mean(a) < mean(b) else "b",
+        "mean alone",
+        "inside the other",
+    ),
+    "equal counts": (lambda a, b: ranges(a, b, equal=True), "touch", "same loss"),
+    "one seed decides": (lambda a, b: ranges(a, b, few=1), "single seed", "spread of one seed"),
+}
+
+
+@pytest.mark.parametrize("mistake", SEED_VERDICT)
+def test_seed_verdict_names_the_mistake(mistake: str) -> None:
+    answer, step, symptom = SEED_VERDICT[mistake]
+    assert_found(checks.seed_verdict(answer), step, symptom)
+
+
+def assert_found(report: checks.Report, step: str, symptom: str) -> None:
+    """The check fails at the step meant, and what it says names the mistake."""
+    assert report.status == "failed", report.text
+    assert step in report.step, report.text
+    assert symptom in f"{report.symptom} {report.question} {report.fix}", report.text
