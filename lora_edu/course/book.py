@@ -22,6 +22,7 @@ from lora_edu.course.notebooks import (
     title,
     write,
 )
+from lora_edu.course.runs import recorded_times
 
 BOOK = ROOT / "book"
 SOURCE = BUILD / "book" / "src"
@@ -39,12 +40,12 @@ def build(executed: Path = LESSONS, seconds: dict[str, float] | None = None) -> 
 
     Args:
         executed: the folder with the executed lessons.
-        seconds: lesson's name → run time, for the map of lessons.
+        seconds: lesson's name → run time, for the map of lessons; the recorded ones if not given.
 
     Raises:
         NotebookError: if Sphinx fails or warns; the message carries its first complaint.
     """
-    stage(executed, seconds or {})
+    stage(executed, seconds or recorded_times()["seconds"])
     command = [
         sys.executable,
         "-m",

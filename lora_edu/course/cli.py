@@ -116,12 +116,18 @@ def check(name: Annotated[str, typer.Argument(help="Number, name or path; yours 
 
 @app.command()
 @friendly
-def course(force: Annotated[bool, typer.Option("--force", help="Run also what did not change.")] = False) -> None:
+def course(
+    force: Annotated[bool, typer.Option("--force", help="Run also what did not change.")] = False,
+    record: Annotated[
+        bool, typer.Option("--record", help="Keep the times as those that README and book print.")
+    ] = False,
+) -> None:
     """Run copies of all lessons on the CPU under build/ and build the book from them."""
     from lora_edu.course.book import build
     from lora_edu.course.console import progress_bar
+    from lora_edu.course.doctor import probe
     from lora_edu.course.notebooks import list_notebooks
-    from lora_edu.course.runs import RAN, remove_stale, run
+    from lora_edu.course.runs import RAN, record_times, remove_stale, run
 
     sources = list_notebooks()
     remove_stale()
@@ -134,6 +140,8 @@ def course(force: Annotated[bool, typer.Option("--force", help="Run also what di
     failed = [result.name for result in results if result.error]
     if failed:
         fail(f"the book was not built, because {len(failed)} of {len(results)} lessons failed: {', '.join(failed)}")
+    if record:
+        record_times(results, probe())
     page = build(RAN, {result.name: result.seconds for result in results})
     console.print(f"The book is in {page}", markup=False)
 

@@ -1,6 +1,8 @@
 """Run copies of the lessons under ``build/``, and only those that changed since they last ran."""
 
+import datetime
 import hashlib
+import importlib.metadata
 import json
 import os
 import platform
@@ -8,11 +10,13 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lora_edu.course.execute import ENVIRONMENT, Progress, execute
 from lora_edu.course.notebooks import BUILD, LESSONS, ROOT, NotebookError, clear_outputs, normalise, read, write
 
 RAN = BUILD / "lessons"
+TIMES = ROOT / "book" / "lesson_times.json"
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,25 @@ def run(
         note.write_text(json.dumps({"key": wanted, "seconds": seconds}))
         runs.append(Run(source.stem, seconds))
     return runs
+
+
+def recorded_times() -> dict[str, Any]:
+    """The run times that README and book print: "seconds" by lesson, "machine", "probe_ms" (the doctor's probe)."""
+    return json.loads(TIMES.read_text(encoding="utf-8")) if TIMES.exists() else {"seconds": {}}
+
+
+def record_times(runs: Sequence[Run], probe_ms: float) -> None:
+    """Keep these runs' times as the printed ones, with the machine that they were measured on."""
+    record = {
+        "command": "lora-edu course --force --record",
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{os.cpu_count()} cores, {platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": importlib.metadata.version("torch"),
+        "probe_ms": round(probe_ms, 2),
+        "seconds": {run.name: run.seconds for run in runs},
+    }
+    TIMES.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def remove_stale(target: Path = RAN, sources: Path = LESSONS) -> None:

@@ -1,0 +1,179 @@
+"""The checks of lesson 00 pass the solutions, leave stubs alone, and name the mistake in plausible wrong answers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lora_edu.course import checks
+
+pytestmark = pytest.mark.graders
+
+
+def assert_found(report: checks.Report, step: str, symptom: str) -> None:
+    assert report.status == "failed", report.text
+    assert step in report.step, report.text
+    assert symptom in report.symptom, report.text
+
+
+def no_exponential(z):
+    return z / z.sum(dim=-1, keepdim=True)
+
+
+def as_in_the_formula(z):
+    return torch.exp(z) / torch.exp(z).sum(dim=-1, keepdim=True)
+
+
+def over_everything(z):
+    return torch.exp(z) / torch.exp(z).sum()
+
+
+def over_columns(z):
+    return torch.exp(z) / torch.exp(z).sum(dim=0)
+
+
+def without_keepdim(z):
+    e = torch.exp(z - z.max(dim=-1, keepdim=True).values)
+    return e / e.sum(dim=-1)
+
+
+def patched_for_any_shape(z):
+    e = torch.exp(z)
+    s = e.sum(dim=-1)
+    return e / (s if s.shape[0] == z.shape[1] else s[:, None])
+
+
+def one_maximum_for_all(z):
+    e = torch.exp(z - z.max())
+    return e / e.sum(dim=-1, keepdim=True)
+
+
+def temperature_two(z):
+    return torch.softmax(z / 2, dim=-1)
+
+
+def logarithm(z):
+    return torch.log_softmax(z, dim=-1)
+
+
+def nothing(z):
+    torch.softmax(z, dim=-1)
+
+
+SOFTMAX = {
+    "no exponential": (no_exponential, "none below 0", "negative"),
+    "the logarithm of it": (logarithm, "none below 0", "negative"),
+    "nothing returned": (nothing, "none below 0", "NoneType"),
+    "sum over everything": (over_everything, "sums to 1", "all rows together"),
+    "sum over columns": (over_columns, "sums to 1", "columns"),
+    "keepdim forgotten": (without_keepdim, "none below 0", "RuntimeError"),
+    "keepdim patched, wrong for squares": (patched_for_any_shape, "square", "sum of another row"),
+    "a temperature": (temperature_two, "square", "differs from torch.softmax"),
+    "overflow": (as_in_the_formula, "1000", "not numbers"),
+    "one maximum for all rows": (one_maximum_for_all, "far apart", "near −1000"),
+}
+
+
+@pytest.mark.parametrize("wrong", SOFTMAX)
+def test_wrong_softmax_is_found(wrong: str) -> None:
+    answer, step, symptom = SOFTMAX[wrong]
+    assert_found(checks.softmax_by_hand(answer), step, symptom)
+
+
+def per_token(z, y):
+    """The loss of every token, with a harmless label where there is none."""
+    return F.cross_entropy(z.transpose(1, 2), y.clamp(min=0), reduction="none")
+
+
+def divided_by_all(z, y, ignored=-100):
+    return (per_token(z, y) * (y != ignored)).sum() / y.numel()
+
+
+def mean_of_row_means(z, y, ignored=-100):
+    kept = y != ignored
+    return ((per_token(z, y) * kept).sum(dim=1) / kept.sum(dim=1)).mean()
+
+
+def mask_as_token_zero(z, y, ignored=-100):
+    return per_token(z, y).mean()
+
+
+def counted_from_the_end(z, y, ignored=-100):
+    return F.cross_entropy(z.flatten(0, 1), (y % z.shape[-1]).flatten())
+
+
+def index_of_the_mask(z, y, ignored=-100):
+    return -torch.log_softmax(z, dim=-1).gather(-1, y[..., None]).mean()
+
+
+def summed(z, y, ignored=-100):
+    return F.cross_entropy(z.flatten(0, 1), y.flatten(), ignore_index=ignored, reduction="sum")
+
+
+def wrong_sign(z, y, ignored=-100):
+    return -F.cross_entropy(z.flatten(0, 1), y.flatten(), ignore_index=ignored)
+
+
+def in_bits(z, y, ignored=-100):
+    return F.cross_entropy(z.flatten(0, 1), y.flatten(), ignore_index=ignored) / torch.log(torch.tensor(2.0)).double()
+
+
+def logit_alone(z, y, ignored=-100):
+    return -z[y != ignored].gather(-1, y[y != ignored][:, None]).mean()
+
+
+def hard_coded_mark(z, y, ignored=-100):
+    kept = y != -100
+    return F.cross_entropy(z[kept], y[kept].clamp(min=0))
+
+
+def overflowing(z, y, ignored=-100):
+    kept = y != ignored
+    p = torch.exp(z[kept]) / torch.exp(z[kept]).sum(dim=-1, keepdim=True)
+    return -torch.log(p[torch.arange(len(p)), y[kept]]).mean()
+
+
+def writes_into_labels(z, y, ignored=-100):
+    kept = y != ignored
+    y[~kept] = 0
+    return per_token(z, y)[kept].mean()
+
+
+def number(z, y, ignored=-100):
+    return F.cross_entropy(z.flatten(0, 1), y.flatten(), ignore_index=ignored).item()
+
+
+def outside_autograd(z, y, ignored=-100):
+    return torch.tensor(number(z, y, ignored), dtype=z.dtype)
+
+
+def half_detached(z, y, ignored=-100):
+    kept = y != ignored
+    right = z[kept][torch.arange(int(kept.sum())), y[kept]]
+    return (torch.logsumexp(z[kept], dim=-1).detach() - right).mean()
+
+
+CROSS_ENTROPY = {
+    "a float": (number, "every label counts", "float"),
+    "a sum": (summed, "every label counts", "times as much"),
+    "wrong sign": (wrong_sign, "every label counts", "sign"),
+    "bits": (in_bits, "every label counts", "bits"),
+    "softmax forgotten": (logit_alone, "every label counts", "PyTorch's is"),
+    "divided by all labels": (divided_by_all, "−100", "divide by all"),
+    "mean of row means": (mean_of_row_means, "−100", "average each row first"),
+    "mask counted as token 0": (mask_as_token_zero, "−100", "token were number 0"),
+    "mask counted from the end": (counted_from_the_end, "−100", "token were number"),
+    "mask used as an index": (index_of_the_mask, "−100", "RuntimeError"),
+    "mark written into the code": (hard_coded_mark, "argument ignored", "ignored=-1"),
+    "overflow": (overflowing, "large logits", "thousands"),
+    "labels overwritten": (writes_into_labels, "as they are", "changes the labels"),
+    "outside autograd": (outside_autograd, "gradient", "no gradient flows"),
+    "half of it detached": (half_detached, "gradient", "its gradient is not"),
+}
+
+
+@pytest.mark.parametrize("wrong", CROSS_ENTROPY)
+def test_wrong_cross_entropy_is_found(wrong: str) -> None:
+    answer, step, symptom = CROSS_ENTROPY[wrong]
+    assert_found(checks.masked_cross_entropy(answer), step, symptom)
