@@ -10,6 +10,7 @@ import typer
 
 from lora_edu.course.console import console, fail, friendly
 from lora_edu.course.lessons_cli import lessons
+from lora_edu.course.memory_cli import memory
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -90,6 +91,7 @@ def count(
     console.print(str(lora_report(model, r, chosen)), markup=False)
 
 
+app.command()(memory)
 
 
 @app.command()

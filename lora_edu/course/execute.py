@@ -23,6 +23,7 @@ TIMEOUT = 180  # seconds a cell may take
 # What every executed notebook sees, in the runner and in the tests: the stored outputs depend on it.
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "2",
+    "OMP_WAIT_POLICY": "PASSIVE",  # waiting threads sleep: on a busy machine spinning ones halve the speed
     "LORA_EDU_RUN": "quick",
     "LORA_EDU_PROGRESS": "0",
     "HF_HUB_OFFLINE": "1",

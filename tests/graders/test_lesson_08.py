@@ -21,7 +21,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
 ]
 NOTEBOOK = "08_same_with_peft"
-NAMES = ["scale_of", "from_kohya", "audit", "mend"]
 
 
 def assert_found(report: Any, step: str, symptom: str) -> None:

@@ -11,8 +11,9 @@ PACKAGE = Path(lora_edu.__file__).parent
 FLOORS = {
     "matching": 0, "lab.bases": -1, "lab.datasets": 0, "lab.plots": 0,
     "lowrank": 1, "meta": 1, "counting": 2, "adapter": 1, "layer": 3,
-    "config": 4, "extras": 5, "inject": 6, "merging": 7, "peft_io": 7,
+    "config": 4, "extras": 5, "inject": 6, "merging": 7, "peft_io": 7, "diagnose": 8,
     "lab.training": 1, "lab.wheels": -2, "lab.paths": -2,
+    "measure": 0, "flops": 0, "activations": 3, "memory": 4,
     "course": 9,
 }  # fmt: skip
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
