@@ -8,12 +8,12 @@ import re
 import sys
 from pathlib import Path
 
-import dictionaries
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 import build
+import dictionaries
 from lora_edu.lab.datasets import format_entry, load_dataset
 
 PYTHON_DOCS = Path("/usr/share/doc/python3.11/html")
