@@ -179,6 +179,14 @@ def test_rank_pattern_means_name_endings() -> None:
     assert rows == {"q_proj": (16 + 31 * 8) * 8192, "v_proj": 32 * 2 * 8192}
 
 
+def test_a_classifier_s_head_is_no_target() -> None:
+    """As in PEFT, which trains the head in full: "dense" also names a layer of RoBERTa's head."""
+    options = {"head": "classification", "num_labels": 2}
+    assert lora_parameters("roberta-base", 4, ["dense"], **options) == lora_parameters(
+        "roberta-base", 4, ["dense"], exclude_modules=r"classifier\..*", **options
+    )
+
+
 def test_count_parameters_counts_tied_weights_once_and_copies_twice() -> None:
     model = nn.ModuleDict({"a": nn.Linear(3, 5), "b": nn.Linear(3, 5)})
     model["b"].weight = model["a"].weight

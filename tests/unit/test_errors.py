@@ -239,6 +239,11 @@ BAD_FILES = {
         ValueError,
         r"has shape \(2, 5\)",
     ),
+    "the same numbers in another shape": (
+        lambda f: change_tensors(f, lambda t: t.update({Q_A: torch.zeros(6, 2)})),
+        ValueError,
+        r"has shape \(6, 2\)",
+    ),
     "whole numbers": (
         lambda f: change_tensors(f, lambda t: t.update({Q_A: torch.zeros(2, 6, dtype=torch.int64)})),
         ValueError,
@@ -288,6 +293,27 @@ def test_files_that_do_not_fit(case, saved, model, unchanged):
 def test_an_undamaged_file_loads(saved, model):
     load_adapter(model, saved)
     assert type(model.layers[0].q_proj) is LoRALinear
+
+
+def test_the_weight_of_an_embedding_in_the_file_must_be_the_base_s(tmp_path):
+    """PEFT writes the frozen table of an adapted embedding into the file; another table means another base."""
+    torch.manual_seed(0)
+    base = nn.ModuleDict({"table": nn.Embedding(5, 3)})
+    table = base["table"].weight.detach().clone()
+    inject(base, LoraConfig(r=2, target_modules=["table"]))
+    save_adapter(base, tmp_path)
+    key = "base_model.model.table.base_layer.weight"
+
+    def fresh():
+        model = nn.ModuleDict({"table": nn.Embedding(5, 3)})
+        model["table"].weight.data.copy_(table)
+        return model
+
+    change_tensors(tmp_path, lambda tensors: tensors.update({key: table}))
+    load_adapter(fresh(), tmp_path)
+    change_tensors(tmp_path, lambda tensors: tensors.update({key: table + 1}))
+    with pytest.raises(ValueError, match="have no place in this model"):
+        load_adapter(fresh(), tmp_path)
 
 
 def test_fields_at_their_default_are_ignored(saved, model):

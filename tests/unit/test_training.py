@@ -146,6 +146,30 @@ def test_evaluate_weighs_tokens_not_batches(model, rows):
     assert model.training
 
 
+def test_the_first_token_is_never_predicted(model):
+    """Rows without a prompt carry a label on their first token, which no position predicts: it must not weigh."""
+    rows = [{"input_ids": list(range(5, 5 + n)), "labels": list(range(5, 5 + n))} for n in (2, 9, 4)]
+    with torch.no_grad():
+        logits = [model(torch.tensor([row["input_ids"]])).logits[0] for row in rows]
+    tokens = [nn.functional.cross_entropy(z[:-1], torch.tensor(row["input_ids"][1:]), reduction="none")
+              for z, row in zip(logits, rows, strict=True)]  # fmt: skip
+    assert evaluate(model, rows, batch_size=1) == pytest.approx(torch.cat(tokens).mean().item(), rel=1e-5)
+
+
+def test_gradients_are_clipped_before_the_update(model, rows, monkeypatch):
+    norms = []
+    step = torch.optim.AdamW.step
+
+    def watched(optimizer, *args, **kwargs):
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norms.append(torch.stack([g.norm() for g in gradients]).norm().item())
+        return step(optimizer, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    train(model, rows, steps=2, batch_size=4, max_grad_norm=0.01)
+    assert norms == pytest.approx([0.01, 0.01], rel=1e-3)
+
+
 def test_generate_returns_the_new_text_only_and_stops_at_eos(model, rows, tokenizer):
     entries = [{"word": "cat", "pos": "noun", "definition": "a mouse's reason"}]
     entries += [{"word": "parliament", "pos": "noun", "definition": "a house"}]
