@@ -6,15 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from found import assert_found
 from lora_edu.course import checks
 
 pytestmark = pytest.mark.graders
-
-
-def assert_found(report: checks.Report, step: str, symptom: str) -> None:
-    assert report.status == "failed", report.text
-    assert step in report.step, report.text
-    assert symptom in report.symptom, report.text
 
 
 def no_exponential(z):

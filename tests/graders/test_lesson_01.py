@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from found import assert_found
 from lora_edu.course import checks
 from lora_edu.lowrank import eckart_young_error, low_rank_approximation, truncated_svd
 
@@ -19,12 +20,6 @@ CHECKS = {
 
 def stub(*arguments: object) -> object:
     raise NotImplementedError("your code here")
-
-
-def assert_found(report: checks.Report, step: str, symptom: str) -> None:
-    assert report.status == "failed", report.text
-    assert step in report.step, report.text
-    assert symptom in report.symptom, report.text
 
 
 def pieces(W):

@@ -7,16 +7,11 @@ import copy
 import pytest
 import torch
 
+from found import assert_found
 from lora_edu.course import checks
 from lora_edu.lowrank import effective_rank, low_rank_approximation, singular_values, stable_rank
 
 pytestmark = pytest.mark.graders
-
-
-def assert_found(report: checks.Report, step: str, symptom: str) -> None:
-    assert report.status == "failed", report.text
-    assert step in report.step, report.text
-    assert symptom in report.symptom, report.text
 
 
 def shares(before, after):

@@ -11,17 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from found import assert_found
 from lora_edu.course import checks
 
 pytestmark = pytest.mark.graders
-
-
-def assert_found(report: checks.Report, step: str, symptom: str) -> None:
-    assert report.status == "failed", report.text
-    assert step in report.step, report.text
-    assert symptom in report.symptom, report.text
-    assert report.question
-    assert report.fix
 
 
 def forward(scale: Callable[[float, int], float]) -> Callable[..., torch.Tensor]:

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from found import assert_found
 from lora_edu import LoRALinear
 from lora_edu.course import checks
 from lora_edu.matching import matches_names
@@ -281,10 +282,3 @@ SEED_VERDICT = {
 def test_seed_verdict_names_the_mistake(mistake: str) -> None:
     answer, step, symptom = SEED_VERDICT[mistake]
     assert_found(checks.seed_verdict(answer), step, symptom)
-
-
-def assert_found(report: checks.Report, step: str, symptom: str) -> None:
-    """The check fails at the step meant, and what it says names the mistake."""
-    assert report.status == "failed", report.text
-    assert step in report.step, report.text
-    assert symptom in f"{report.symptom} {report.question} {report.fix}", report.text

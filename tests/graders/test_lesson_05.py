@@ -13,6 +13,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from found import assert_found
 from lora_edu.course import checks
 
 pytestmark = pytest.mark.graders
@@ -213,10 +214,3 @@ MATCHED_RANKS = {
 def test_matched_ranks_names_the_mistake(mistake: str) -> None:
     answer, step, symptom = MATCHED_RANKS[mistake]
     assert_found(checks.matched_ranks(answer), step, symptom)
-
-
-def assert_found(report: checks.Report, step: str, symptom: str) -> None:
-    """The check fails at the step meant, and what it says names the mistake."""
-    assert report.status == "failed", report.text
-    assert step in report.step, report.text
-    assert symptom in f"{report.symptom} {report.question} {report.fix}", report.text

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from found import assert_found
 from lora_edu.course import checks
 
 pytestmark = pytest.mark.graders
@@ -255,11 +256,3 @@ PAIRED_RATIO = {
 def test_paired_ratio_names_the_mistake(mistake: str) -> None:
     answer, step, symptom = PAIRED_RATIO[mistake]
     assert_found(checks.paired_ratio(answer), step, symptom)
-
-
-def assert_found(report: checks.Report, step: str, symptom: str) -> None:
-    """The check fails at the step meant, and what it says names the mistake (one of several, between bars)."""
-    assert report.status == "failed", report.text
-    assert step in report.step, report.text
-    words = f"{report.symptom} {report.question} {report.fix}"
-    assert any(part in words for part in symptom.split("|")), report.text

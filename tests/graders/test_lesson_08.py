@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from found import assert_found
 from lora_edu.course import checks
 
 pytestmark = [
@@ -21,13 +22,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
 ]
 NOTEBOOK = "08_same_with_peft"
-
-
-def assert_found(report: Any, step: str, symptom: str) -> None:
-    """The check stopped at the step, and its sentences name the mistake."""
-    assert report.status == "failed", report.text
-    assert step in report.step, report.text
-    assert symptom in f"{report.symptom} {report.question} {report.fix}", report.text
 
 
 def rs(fields: dict) -> float:

@@ -10,17 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from found import assert_found
 from lora_edu.course import checks
 
 pytestmark = pytest.mark.graders
-
-
-def assert_found(report: checks.Report, step: str, symptom: str) -> None:
-    assert report.status == "failed", report.text
-    assert step in report.step, report.text
-    assert symptom in report.symptom, report.text
-    assert report.question
-    assert report.fix
 
 
 def in_place(ids: Tensor, mask: Tensor) -> Tensor:
