@@ -23,7 +23,7 @@ TIMEOUT = 180  # seconds a cell may take
 # What every executed notebook sees, in the runner and in the tests: the stored outputs depend on it.
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "2",
-    "GOMP_SPINCOUNT": "10000",  # a waiting thread spins for some 10 µs, then sleeps: fast alone, bearable on a busy machine
+    "GOMP_SPINCOUNT": "10000",  # a waiting thread spins for some 10 µs, then sleeps: fast alone, bearable when busy
     "LORA_EDU_RUN": "quick",
     "LORA_EDU_PROGRESS": "0",
     "HF_HUB_OFFLINE": "1",
