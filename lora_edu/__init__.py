@@ -2,11 +2,13 @@
 
 from lora_edu.config import LoraConfig  # lesson 04
 from lora_edu.counting import count_parameters  # lesson 05
+from lora_edu.hotswap import hotswap_adapter  # lesson 09
 from lora_edu.inject import InjectionReport, inject, list_adapters, set_adapter  # lesson 04
 from lora_edu.lab.bases import load_base  # lesson 01
 from lora_edu.lab.datasets import load_dataset  # lesson 02
 from lora_edu.layer import LoRAConv1D, LoRAEmbedding, LoRALinear  # lesson 03
 from lora_edu.merging import disable_adapter, merge, merge_and_unload, unmerge  # lessons 04 and 09
+from lora_edu.mixed import adapter_names  # lesson 09
 from lora_edu.peft_io import load_adapter, save_adapter  # lessons 04 and 08
 
 __all__ = [
@@ -15,8 +17,10 @@ __all__ = [
     "LoRAEmbedding",
     "LoRALinear",
     "LoraConfig",
+    "adapter_names",
     "count_parameters",
     "disable_adapter",
+    "hotswap_adapter",
     "inject",
     "list_adapters",
     "load_adapter",

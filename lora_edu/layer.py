@@ -95,12 +95,13 @@ class LoRALinear(AdapterLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)
-        if not self.adds_to_output():
-            return y
+        return (y + self.update(x)).to(y.dtype) if self.adds_to_output() else y
+
+    def update(self, x: Tensor) -> Tensor:
+        """What the adapter adds to the output for x, in the adapter's precision: s · (dropout(x) Aᵀ) Bᵀ."""
         # x (..., in) → h (..., r) → update (..., out): the product BA is never formed.
         h = F.linear(self.dropout(x.to(self.lora_A.dtype)), self.lora_A)
-        update = F.linear(h, self.lora_B) * self.scaling
-        return (y + update).to(y.dtype)
+        return F.linear(h, self.lora_B) * self.scaling
 
     def delta_weight(self) -> Tensor:
         """ΔW = s · B A, shape (out, in), at least float32."""
@@ -156,15 +157,11 @@ class LoRAEmbedding(LoRALinear):
         if init_lora_weights is False:
             nn.init.normal_(self.lora_A)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.base(x)
-        if not self.adds_to_output():
-            return y
+    def update(self, x: Tensor) -> Tensor:
         table = self.frozen
         h = F.embedding(x, self.lora_A.T, table.padding_idx, scale_grad_by_freq=table.scale_grad_by_freq)
-        update = F.linear(h, self.lora_B) * self.scaling
         # Gemma's embedding multiplies its rows by embed_scale after the look-up.
-        return (y + update * getattr(table, "embed_scale", 1)).to(y.dtype)
+        return F.linear(h, self.lora_B) * self.scaling * getattr(table, "embed_scale", 1)
 
     def adapted_weight(self, weight: Tensor) -> Tensor:
         return weight + self.delta_weight().T

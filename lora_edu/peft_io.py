@@ -19,7 +19,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_edu.adapter import adapter_layers, named_places
+from lora_edu.adapter import AdapterLayer, adapter_layers, named_places
 from lora_edu.config import METHODS, LoraConfig
 from lora_edu.extras import TrainedCopy, adapter_state
 from lora_edu.inject import Plan, carry_out, plan_injection, trainability_kept_on_failure
@@ -95,7 +95,7 @@ def load_adapter(
     with trainability_kept_on_failure(model), torch.no_grad():
         plan = plan_injection(model, config, adapter_name)
         expected = expected_tensors(plan)
-        check_tensors(tensors, expected, plan, folder)
+        check_tensors(tensors, expected, plan, model, folder)
         for key, parameter in expected.items():
             parameter.copy_(tensors[key])
     carry_out(model, plan, trainable=is_trainable)
@@ -195,7 +195,9 @@ def bias_key(name: str, adapted: Iterable[str]) -> str:
     return f"{PREFIX}{name}.base_layer.bias" if name in adapted else f"{PREFIX}{name}.bias"
 
 
-def check_tensors(tensors: dict[str, Tensor], expected: dict[str, Tensor], plan: Plan, folder: Path) -> None:
+def check_tensors(
+    tensors: dict[str, Tensor], expected: dict[str, Tensor], plan: Plan, model: nn.Module, folder: Path
+) -> None:
     """Raise unless the file holds exactly the expected tensors in the expected shapes."""
     path = folder / WEIGHTS_FILE
     if missing := sorted(expected.keys() - tensors.keys()):
@@ -203,7 +205,7 @@ def check_tensors(tensors: dict[str, Tensor], expected: dict[str, Tensor], plan:
             f"{path}: {len(missing)} of {len(expected)} tensors are missing, for example {missing[0]!r}; the adapter "
             "was made for another model or other target_modules, or the file is incomplete"
         )
-    if foreign := sorted(key for key in tensors.keys() - expected.keys() if not repeats_base(key, tensors[key], plan)):
+    if foreign := sorted(key for key in tensors.keys() - expected.keys() if not repeats_base(key, tensors[key], model)):
         raise ValueError(
             f"{path}: {len(foreign)} tensors have no place in this model, for example {foreign[0]!r}; the adapter was "
             "made for another model, or its config was changed"
@@ -218,12 +220,18 @@ def check_tensors(tensors: dict[str, Tensor], expected: dict[str, Tensor], plan:
             raise ValueError(f"{path}: {key!r} holds {tensors[key].dtype} numbers, expected {parameter.dtype}")
 
 
-def repeats_base(key: str, tensor: Tensor, plan: Plan) -> bool:
-    """Whether this is the unchanged weight of an adapted embedding, which PEFT writes into the file as well."""
-    layer = plan.layers.get(key.removeprefix(PREFIX).removesuffix(".base_layer.weight"))
-    if layer is None or not key.endswith(".base_layer.weight"):
+def repeats_base(key: str, tensor: Tensor, model: nn.Module) -> bool:
+    """Whether this is the unchanged weight of an embedding or a head, which PEFT writes into the file as well.
+
+    It does so if any adapter stands around that layer, not only the one that is saved.
+    """
+    if not key.endswith(".base_layer.weight"):
         return False
-    return tensor.shape == layer.weight.shape and torch.equal(tensor.to(layer.weight), layer.weight)
+    name = key.removeprefix(PREFIX).removesuffix(".base_layer.weight")
+    module = next((module for place, _, _, module in named_places(model) if place == name), None)
+    merged_into = module.merge_state.pretrained if isinstance(module, AdapterLayer) else None
+    weight = getattr(module, "weight", None) if merged_into is None else merged_into
+    return weight is not None and tensor.shape == weight.shape and torch.equal(tensor.to(weight), weight)
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -197,3 +197,18 @@ def test_nested_wrappers_keys_are_refused(tmp_path):
         warnings.simplefilter("ignore")
         loaded = peft.PeftModel.from_pretrained(tiny_model("llama", torch.float32), tmp_path)
     assert torch.equal(logits(loaded, "llama"), expected)
+
+
+def test_an_embedding_s_file_written_beside_an_adapted_head(tmp_path):
+    """PEFT then writes the frozen weight of the head as well, although this adapter does not touch it."""
+    theirs = peft.get_peft_model(
+        tiny_model("llama"), peft.LoraConfig(target_modules=["embed_tokens"], init_lora_weights=False)
+    )
+    theirs.add_adapter("head", peft.LoraConfig(target_modules=["lm_head"]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        theirs.save_pretrained(tmp_path, selected_adapters=["default"])
+    assert any("lm_head.base_layer.weight" in key for key in load_file(tmp_path / "adapter_model.safetensors"))
+    ours = tiny_model("llama")
+    load_adapter(ours, tmp_path)
+    assert relative_error(logits(ours, "llama"), logits(theirs, "llama")) <= 1e-5

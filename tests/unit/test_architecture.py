@@ -11,10 +11,10 @@ PACKAGE = Path(lora_edu.__file__).parent
 FLOORS = {
     "matching": 0, "lab.bases": -1, "lab.datasets": 0, "lab.plots": 0,
     "lowrank": 1, "meta": 1, "counting": 2, "adapter": 1, "layer": 3,
-    "config": 4, "extras": 5, "inject": 6, "merging": 7, "peft_io": 7, "diagnose": 8,
-    "lab.training": 1, "lab.wheels": -2, "lab.paths": -2,
+    "config": 4, "extras": 5, "inject": 6, "merging": 7, "peft_io": 7, "diagnose": 8, "mixed": 8, "hotswap": 8,
+    "lab.training": 1, "lab.wheels": -2, "lab.paths": -2, "lab.serving": 9,
     "measure": 0, "flops": 0, "activations": 3, "memory": 4,
-    "course": 9,
+    "course": 10,
 }  # fmt: skip
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
 
