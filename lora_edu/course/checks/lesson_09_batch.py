@@ -121,7 +121,7 @@ def mixed_linear(candidate: Callable[[Tensor, Tensor, Adapters, list[str]], Tens
             )
 
     def products() -> None:
-        x, weight, adapters = draw(9, 4)
+        x, weight, adapters = draw(9, 5)  # no group's rows × 5 is one of the weight's sizes, by which it is recognised
         names = ["law", "tax", BASE, "law", "tax", "law", "tax", "tax", "law"]
         with Products(weight) as counted:
             candidate(x, weight, adapters, names)
