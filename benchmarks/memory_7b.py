@@ -247,6 +247,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=600, help="start no further line after so many seconds")
     parser.add_argument("--commit", default=None, help="what to record as the commit, where git cannot tell")
     arguments = parser.parse_args()
+    if not CUDA and not arguments.toy:
+        print("memory_7b needs a GPU of 80 GB or more and found none: nothing was measured (--toy tries the script)")
+        return
     start = time.perf_counter()
     config, shapes = LlamaConfig(), SHAPES
     if arguments.toy:

@@ -1,4 +1,4 @@
-"""Export a lesson to one HTML file that needs no network: a page to read, or slides to teach with."""
+"""Export a lesson to one file: a page to read or slides, which need no network, or a notebook for Colab and Kaggle."""
 
 import re
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 from nbformat import NotebookNode
 
 from lora_edu.course.book import BOOK
+from lora_edu.course.hosted import export_hosted
 from lora_edu.course.notebooks import BUILD, find_notebook, read, title
 
 TEMPLATES = BOOK / "export"
@@ -13,22 +14,28 @@ KINDS = {"html": "lesson_page", "slides": "lesson_slides"}
 HIDDEN = ["remove-cell"]
 
 
-def export(name: str, to: str = "html", output: Path | None = None) -> Path:
+def export(name: str, to: str = "html", output: Path | None = None, repository: str | None = None) -> Path:
     """Write a lesson as one file and return its path.
 
     Args:
-        name: number, name or path of a notebook; its stored outputs are shown.
-        to: "html" or "slides".
-        output: the file to write, by default ``build/export/NAME.html`` or ``NAME.slides.html``.
+        name: number, name or path of a notebook; its stored outputs are shown, except in a hosted copy.
+        to: "html", "slides", or "hosted" for Colab and Kaggle.
+        output: the file to write, by default ``NAME.html``, ``NAME.slides.html`` or ``NAME.hosted.ipynb`` under
+            ``build/export/``.
+        repository: for "hosted", the address that the course is cloned from.
 
     Raises:
-        ValueError: for another kind, or a lesson in which no cell is marked for slides.
+        ValueError: for another kind, a lesson in which no cell is marked for slides, or a hosted copy without address.
     """
     from nbconvert import HTMLExporter, SlidesExporter
     from traitlets.config import Config
 
+    if to == "hosted":
+        return export_hosted(name, repository, output)
     if to not in KINDS:
-        raise ValueError(f"--to {to}: expected html or slides")
+        raise ValueError(f"--to {to}: expected html, slides or hosted")
+    if repository is not None:
+        raise ValueError(f"--repository belongs to --to hosted, not to --to {to}")
     source = find_notebook(name)
     notebook = read(source)
     if to == "slides":

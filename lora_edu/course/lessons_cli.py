@@ -94,10 +94,13 @@ def reset(name: Annotated[str, typer.Argument(help="Number or name of a lesson, 
 @friendly
 def export(
     name: Annotated[str, typer.Argument(help="Number, name or path of a lesson.")],
-    to: Annotated[str, typer.Option(help="html (the whole lesson) or slides.")] = "html",
+    to: Annotated[str, typer.Option(help="html (the whole lesson), slides, or hosted (Colab, Kaggle).")] = "html",
     output: Annotated[Path | None, typer.Option(help="The file to write; by default under build/export/.")] = None,
+    repository: Annotated[
+        str | None, typer.Option(help="For hosted: the address to clone the course from, if pyproject.toml has none.")
+    ] = None,
 ) -> None:
-    """Export a lesson to one file that needs no network: a page, or slides to teach with."""
+    """Export a lesson to one file: a page or slides, which need no network, or a notebook for Colab and Kaggle."""
     from lora_edu.course.export import export as export_one
 
-    console.print(f"wrote {export_one(name, to, output)}")
+    console.print(f"wrote {export_one(name, to, output, repository)}", markup=False)

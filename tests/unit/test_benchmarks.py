@@ -1,0 +1,154 @@
+"""The benchmarks: each runs on any machine, and what was recorded of peft_speed.py is what its raw numbers say."""
+
+import hashlib
+import importlib.util
+import json
+import re
+import sys
+from functools import cache
+from statistics import median
+
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+from lora_edu.lab.bases import data_path
+
+RECORD = data_path("runs", "peft_speed.json")
+
+
+@cache
+def script(name):
+    """A benchmark as a module."""
+    spec = importlib.util.spec_from_file_location(name, data_path().parent / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+
+
+@pytest.fixture
+def peft_speed(monkeypatch):
+    """Calls peft_speed.py's command; what it sets in this process is put back."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    monkeypatch.setenv("LORA_EDU_PROGRESS", "0")
+    threads = torch.get_num_threads()
+    app = typer.Typer()
+    app.command()(script("peft_speed").main)
+    yield lambda *arguments: CliRunner().invoke(app, list(arguments))
+    torch.set_num_threads(threads)
+
+
+def check(record):
+    """A record of peft_speed.py holds together."""
+    assert {"command", "date", "commit", "hardware", "seed", "environment"} <= record.keys()
+    assert {"python", "torch", "transformers", "peft"} <= record["versions"].keys()
+    for line in record["comparisons"]:
+        assert all(len(seconds) == record["rounds"] for seconds in line["seconds"].values())
+        for name, ratio in line["ratios"].items():
+            ours, theirs = (line["seconds"][method] for method in name.split(" / "))
+            found = [a / b for a, b in zip(ours, theirs, strict=True)]
+            assert ratio["median"] == pytest.approx(median(found), rel=1e-2)  # the steps are rounded to 10 µs
+            assert ratio["interval_95"][0] <= ratio["median"] <= ratio["interval_95"][1]
+        for method, phases in line["phases"].items():
+            whole = [sum(parts) for parts in zip(*phases.values(), strict=True)][record["warmup"] :]
+            assert sum(whole) == pytest.approx(sum(line["seconds"][method]), rel=0.1)
+        assert line["trainable"]["ours"] == line["trainable"]["peft"]
+        if not line["lora_dropout"]:  # both do the same work: equal losses from equal starts
+            assert line["losses"]["ours"] == pytest.approx(line["losses"]["peft"], rel=1e-4)
+            assert line["losses"]["ours"][-1] < line["losses"]["ours"][0]
+        assert line["operations"]["ours"] == line["operations"]["peft"]
+        assert all(0 < size["before"] < size["peak"] for size in line["peak_memory"].values())
+
+
+def test_peft_speed_runs_small(peft_speed, tmp_path, monkeypatch):
+    out = tmp_path / "speed.json"
+    first, *_, last, _ = script("peft_speed").COMPARISONS
+    monkeypatch.setattr(script("peft_speed"), "COMPARISONS", [first, last])
+    done = peft_speed("--quick", "--only", "bert", "--rounds", "2", "--out", str(out))
+    assert done.exit_code == 0, done.output
+    record = json.loads(out.read_text())
+    check(record)
+    found = [(line["adapted"], line["lora_dropout"], list(line["seconds"])) for line in record["comparisons"]]
+    assert found == [("q,v", 0.0, ["full", "ours", "peft"]), ("all-linear", 0.1, ["ours", "peft"])]
+    assert "bert     q,v             0.0  ours / peft" in done.stdout
+    assert done.stderr == ""
+
+
+def test_different_work_is_refused(peft_speed):
+    module = script("peft_speed")
+    qv, linear = ({"shape": "bert", "adapted": adapted, "lora_dropout": 0.0} for adapted in ("q,v", "all-linear"))
+    ours, theirs = module.Step(qv, "ours", quick=True), module.Step(linear, "peft", quick=True)
+    with pytest.raises(ValueError, match="adapt different layers"):
+        module.start_alike(ours.model, theirs.model)
+
+
+@pytest.mark.parametrize("index", range(5))
+def test_our_plain_step_does_what_pefts_does(index):
+    """As many operations, of the same kinds and sizes: what the clock shows besides is Python and the machine."""
+    module = script("peft_speed")
+    found = {}
+    for method in ("ours", "peft"):
+        step = module.Step(module.COMPARISONS[index], method, quick=True)
+        step()
+        with module.Operations() as counted:
+            step()
+        found[method] = counted
+    assert found["ours"].calls == found["peft"].calls
+    assert found["ours"].numbers == found["peft"].numbers
+    assert found["ours"].calls.total() > 300
+
+
+def test_the_interval_of_a_median_holds_it_and_narrows():
+    interval = script("peft_speed").interval_of_median
+    few, many = [0.9, 1.0, 1.1], [0.9, 1.0, 1.1] * 40
+    assert interval(few)[0] <= 1.0 <= interval(few)[1]
+    assert interval(many)[1] - interval(many)[0] < interval(few)[1] - interval(few)[0]
+
+
+def test_targets_are_judged_by_the_median():
+    ratios = {"ours / peft": {"median": 1.02, "interval_95": [1.0, 1.05]}}
+    ratios["ours / full"] = {"median": 0.9, "interval_95": [0.8, 0.95]}
+    line = {"shape": "smollm2", "adapted": "all-linear", "lora_dropout": 0.0, "ratios": ratios, "peak_memory": {}}
+    line["targets"] = script("peft_speed").TARGETS["smollm2"]
+    _, first, second, *_ = script("peft_speed").table({"comparisons": [line]})
+    assert first.endswith("1.020  1.000–1.050  ≤ 1.03  met")
+    assert second.endswith("0.900  0.800–0.950  ≤ 0.88  not met")
+
+
+@pytest.mark.errors
+def test_peft_speed_names_an_unknown_shape(peft_speed):
+    done = peft_speed("--only", "gpt2")
+    assert done.exit_code == 2
+    assert "bert or smollm2" in done.stderr
+    assert "--quick" in peft_speed("--help").stdout
+
+
+def test_memory_7b_without_a_gpu_says_so_and_passes(monkeypatch, capsys, tmp_path):
+    out = tmp_path / "none.json"
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "argv", ["memory_7b.py", "--out", str(out)])
+    monkeypatch.setattr(script("memory_7b"), "CUDA", False)
+    script("memory_7b").main()
+    said = capsys.readouterr().out
+    assert said.startswith("memory_7b needs a GPU")
+    assert len(said.splitlines()) == 1
+    assert not out.exists()
+
+
+@pytest.mark.skipif(not RECORD.exists(), reason="data/runs/peft_speed.json is not recorded yet")
+def test_the_recorded_speeds_hold_together():
+    record = json.loads(RECORD.read_text())
+    check(record)
+    assert record["rounds"] >= 20
+    shapes = [(line["shape"], line["adapted"], line["lora_dropout"]) for line in record["comparisons"]]
+    bert = [("bert", adapted, dropout) for dropout in (0.0, 0.1) for adapted in ("q,v", "all-linear")]
+    assert shapes == [*bert, ("smollm2", "all-linear", 0.0)]
+    assert record["comparisons"][-1]["weights"] == "pretrained"
+    assert record["comparisons"][-1]["trainable"] == {"full": 134_515_008, "ours": 2_442_240, "peft": 2_442_240}
+    readme = data_path("README.md").read_text(encoding="utf-8")
+    assert hashlib.sha256(RECORD.read_bytes()).hexdigest() in re.findall(r"[0-9a-f]{64}", readme)
