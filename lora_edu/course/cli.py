@@ -8,9 +8,10 @@ from typing import Annotated
 
 import typer
 
+from lora_edu.course.class_cli import grade, handout, progress
 from lora_edu.course.console import console, fail, friendly
 from lora_edu.course.lessons_cli import lessons
-from lora_edu.course.memory_cli import memory
+from lora_edu.course.memory_cli import memory, parse_targets
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -85,13 +86,11 @@ def count(
     """Count what LoRA trains in a model, from its config alone: no weights are loaded."""
     from lora_edu.counting import lora_report
 
-    chosen: list[str] | str | None = targets
-    if targets and targets != "all-linear" and all(part.replace("_", "").isalnum() for part in targets.split(",")):
-        chosen = targets.split(",")
-    console.print(str(lora_report(model, r, chosen)), markup=False)
+    console.print(str(lora_report(model, r, parse_targets(targets))), markup=False)
 
 
-app.command()(memory)
+for command in (memory, handout, grade, progress):
+    app.command()(command)
 
 
 @app.command()

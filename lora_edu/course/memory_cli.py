@@ -1,5 +1,6 @@
 """``lora-edu memory``: what training a model takes, as a table and as bars, from its config alone."""
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -55,7 +56,7 @@ def memory(
         model,
         None if method == "all" else [method],
         r=r,
-        target_modules=_targets(targets),
+        target_modules=parse_targets(targets),
         batch=batch,
         tokens=seq,
         checkpointing=checkpointing,
@@ -82,9 +83,9 @@ def memory(
         console.print(f"wrote {png}", markup=False)
 
 
-def _targets(targets: str | None) -> list[str] | str | None:
+def parse_targets(targets: str | None) -> list[str] | str | None:
     """Names with commas between them become a list; a regular expression and ``all-linear`` stay as they are."""
-    if targets and targets != "all-linear" and all(part.replace("_", "").isalnum() for part in targets.split(",")):
+    if targets and targets != "all-linear" and re.fullmatch(r"[\w.]+(,[\w.]+)*", targets):
         return targets.split(",")
     return targets
 
