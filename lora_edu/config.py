@@ -16,7 +16,7 @@ from torch import nn
 
 from lora_edu.adapter import AdapterLayer, innermost
 from lora_edu.counting import check_rank
-from lora_edu.layer import LoRAConv1D, LoRAEmbedding, LoRALinear, check_dropout
+from lora_edu.layer import LoRAConv1D, LoRAEmbedding, LoRALinear, check_alpha, check_dropout
 from lora_edu.matching import fits
 
 BIASES = ("none", "all", "lora_only")
@@ -134,10 +134,18 @@ class LoraConfig(AdapterConfig):
     task_type: str | None = None
 
     def __post_init__(self) -> None:
-        check_rank(self.r)
+        self.r = check_rank(self.r)
         check_dropout(self.lora_dropout)
-        for rank in self.rank_pattern.values():
-            check_rank(rank)
+        check_alpha(self.lora_alpha)
+        for name in ("rank_pattern", "alpha_pattern"):
+            if not isinstance(patterns := getattr(self, name) or {}, Mapping):
+                raise TypeError(f"{name}={patterns!r}: expected a dictionary {{part of a name: value}}")
+            setattr(self, name, dict(patterns))
+            for pattern in patterns:
+                check_regex(name, pattern)
+        self.rank_pattern = {pattern: check_rank(rank) for pattern, rank in self.rank_pattern.items()}
+        for alpha in self.alpha_pattern.values():
+            check_alpha(alpha)
         if self.bias not in BIASES:
             raise ValueError(f"bias={self.bias!r}: expected one of {', '.join(map(repr, BIASES))}")
         targets = self.target_modules
@@ -150,6 +158,18 @@ class LoraConfig(AdapterConfig):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(pattern := getattr(self, name), str):
                 check_regex(name, pattern)
+        if isinstance(targets, str) and (self.layers_to_transform is not None or self.layers_pattern is not None):
+            raise ValueError(
+                f"layers_to_transform and layers_pattern narrow a list of names, but target_modules={targets!r} is a "
+                "string: name the layers in a list, or write their numbers into the regular expression"
+            )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError(f"layers_pattern={self.layers_pattern!r} needs layers_to_transform: which numbers?")
+        for name in ("exclude_modules", "layers_to_transform", "layers_pattern"):
+            if isinstance(value := getattr(self, name), set | frozenset | range):
+                setattr(self, name, sorted(value) if isinstance(value, set | frozenset) else list(value))
+        if isinstance(self.modules_to_save, set | frozenset | tuple):
+            self.modules_to_save = sorted(self.modules_to_save)
         if isinstance(self.modules_to_save, str):
             raise TypeError(f"modules_to_save={self.modules_to_save!r}: expected a list, [{self.modules_to_save!r}]")
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -194,10 +196,10 @@ def layer_shape(name: str, module: nn.Module) -> tuple[int, int]:
     )
 
 
-def check_rank(r: int) -> int:
-    """Return ``r`` if it is a whole number of at least 1; raise ValueError otherwise."""
-    if isinstance(r, bool) or not isinstance(r, int):
+def check_rank(r: Any) -> int:
+    """Return ``r`` as an int if it is a whole number of at least 1; raise ValueError otherwise."""
+    if isinstance(r, bool) or not isinstance(r, Integral):
         raise ValueError(f"r={r!r}: the rank must be a whole number of at least 1, for example 8")
     if r < 1:
         raise ValueError(f"r={r}: the rank must be at least 1; leave the layer out of target_modules to adapt nothing")
-    return r
+    return int(r)

@@ -11,7 +11,7 @@ from torch import nn
 
 from lora_edu.adapter import Wrapper, adapter_layers, adapters_around, named_places
 from lora_edu.config import LoraConfig
-from lora_edu.matching import matches_names, near_names
+from lora_edu.matching import near_names
 
 
 class TrainedCopy(Wrapper):
@@ -47,15 +47,16 @@ class TrainedCopy(Wrapper):
 class TrainedBias:
     """One bias with its pretrained and its trained value; the one in use is registered in ``module``."""
 
-    name: str  # original name of the module that holds it
-    module: Any
+    names: list[str]  # original names of the modules that hold it: more than one where it is tied
+    modules: list[Any]
     pretrained: nn.Parameter
     trained: nn.Parameter
 
     def use(self, parameter: nn.Parameter) -> None:
         """Register ``parameter`` as the module's bias, moved to where the bias now in use is."""
-        parameter.data = parameter.data.to(self.module.bias)
-        self.module.bias = parameter
+        parameter.data = parameter.data.to(self.modules[0].bias)
+        for module in self.modules:
+            module.bias = parameter
 
 
 @dataclass
@@ -100,7 +101,7 @@ def saved_places(model: nn.Module, config: LoraConfig) -> list[tuple[str, nn.Mod
     found: list[tuple[str, nn.Module, str, nn.Module]] = []
     for place in named_places(model):
         name, module = place[0], place[3]
-        if matches_names(wanted, name) and not any(name.startswith(outer[0] + ".") for outer in found):
+        if any(name.endswith(end) for end in wanted) and not any(name.startswith(outer[0] + ".") for outer in found):
             inner = module.base if isinstance(module, TrainedCopy) else module
             if adapter_layers(inner):
                 raise ValueError(
@@ -116,29 +117,29 @@ def saved_places(model: nn.Module, config: LoraConfig) -> list[tuple[str, nn.Mod
     return found
 
 
-def biases_to_train(
-    model: nn.Module, config: LoraConfig, replaced: Sequence[str]
-) -> Iterator[tuple[str, nn.Module, nn.Parameter]]:
-    """(original module name, module, bias) for each bias that ``config.bias`` lets train, a shared one once.
+def biases_to_train(model: nn.Module, config: LoraConfig, replaced: Sequence[str]) -> list[TrainedBias]:
+    """The biases that ``config.bias`` lets train, a shared one once; nothing is changed in the model yet.
 
     Modules of ``modules_to_save`` are left out: there the copy trains, biases and all.
     """
-    seen: set[int] = {id(p) for _, _, _, module in saved_places(model, config) for p in module.parameters()}
     if config.bias == "none":
-        return
+        return []
+    left_out: set[int] = {id(p) for _, _, _, module in saved_places(model, config) for p in module.parameters()}
+    holders: dict[int, TrainedBias] = {}
+    wanted: set[int] = set()
     for name, _, _, module in [("", None, "", model), *named_places(model)]:
         while isinstance(module, Wrapper):
             module = module.base
         bias = module._parameters.get("bias")
-        wanted = config.bias == "all" or name in replaced
-        if bias is not None and wanted and id(bias) not in seen:
-            seen.add(id(bias))
-            yield name, module, bias
-
-
-def trained_bias(name: str, module: nn.Module, bias: nn.Parameter) -> TrainedBias:
-    """A bias whose trained value starts at the pretrained one; nothing is changed in the module yet."""
-    return TrainedBias(name, module, bias, nn.Parameter(bias.detach().clone()))
+        if bias is None or id(bias) in left_out:
+            continue
+        found = holders.setdefault(id(bias), TrainedBias([], [], bias, nn.Parameter(bias.detach().clone())))
+        if not any(known is module for known in found.modules):
+            found.names.append(name)
+            found.modules.append(module)
+        if config.bias == "all" or name in replaced:
+            wanted.add(id(bias))
+    return [holder for key, holder in holders.items() if key in wanted]
 
 
 @dataclass

@@ -17,11 +17,11 @@ from lora_edu.extras import (
     AdapterState,
     PlannedCopy,
     TrainedBias,
+    TrainedCopy,
     adapter_state,
     biases_to_train,
     extra_parameters,
     planned_copies,
-    trained_bias,
     use_extras,
 )
 from lora_edu.matching import expand_targets, is_target, matches_names, near_names
@@ -103,7 +103,11 @@ def plan_injection(
     wrapped = {id(modules[name]): layer for name, layer in layers.items()}
     spots = [(parent, attr, wrapped[id(module)]) for _, parent, attr, module in places if id(module) in wrapped]
     copies = planned_copies(model, config)
-    biases = [trained_bias(*found) for found in biases_to_train(model, config, names)]
+    if both := [planned.name for planned in copies if planned.name in layers]:
+        raise ValueError(
+            f"modules_to_save={config.modules_to_save}: {both[0]!r} is a target too; a module is adapted or saved whole"
+        )
+    biases = biases_to_train(model, config, names)
     if config.target_modules is None:  # remember what None meant, so that a saved file does not depend on a table
         config = replace(config, target_modules=expand_targets(None, model, modules))
     return Plan(adapter_name, config, layers, spots, copies, biases)
@@ -125,7 +129,16 @@ def check_injection(model: nn.Module, config: LoraConfig, adapter_name: str) -> 
         )
     if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
         raise ValueError(f"adapter_name={adapter_name!r}: expected a non-empty name without dots")
+    if config.modules_to_save and hasattr(nn.ModuleDict, adapter_name):
+        raise ValueError(
+            f"adapter_name={adapter_name!r} is a word that PyTorch's ModuleDict uses itself: choose another"
+        )
     if "adapter_state" not in model.__dict__:
+        if adapter_layers(model, adapter_name):
+            raise ValueError(
+                f"layers of this model already have an adapter named {adapter_name!r}, put in by hand or into a part "
+                "of the model; choose another adapter_name"
+            )
         return
     state = adapter_state(model)
     if adapter_name in state.configs:
@@ -191,9 +204,25 @@ def carry_out(model: nn.Module, plan: Plan, trainable: bool = True) -> None:
     state.configs[plan.adapter_name] = plan.config
     if plan.biases:
         state.biases[plan.adapter_name] = plan.biases
-    activate(model, [plan.adapter_name] if first else state.active)
+    if first:
+        activate(model, [plan.adapter_name])
+    else:  # the new adapter waits for set_adapter; the others keep what trains
+        for layer in plan.layers.values():
+            layer.active = False
+        for parameter in new_parameters(plan):
+            parameter.requires_grad_(False)
     if first and not trainable:
         model.requires_grad_(False)
+
+
+def new_parameters(plan: Plan) -> Iterator[nn.Parameter]:
+    """What a plan adds: the layers' adapters, the copies' parameters and the trained biases."""
+    for layer in plan.layers.values():
+        yield from layer.adapter_parameters()
+    for planned in plan.copies:
+        yield from planned.copy.parameters()
+    for bias in plan.biases:
+        yield bias.trained
 
 
 def set_adapter(model: nn.Module, adapter_name: str | Sequence[str]) -> None:
@@ -210,6 +239,9 @@ def set_adapter(model: nn.Module, adapter_name: str | Sequence[str]) -> None:
             raise KeyError(f"no adapter named {name!r}; this model has: {', '.join(known)}")
     if any(layer.merge_state.layers for layer in adapter_layers(model).values()):
         raise ValueError(f"an adapter is merged into the weights: call unmerge(model) before set_adapter({names})")
+    for place, _, _, module in named_places(model):
+        if isinstance(module, TrainedCopy) and len(both := [n for n in names if n in module.copies]) > 1:
+            raise ValueError(f"{place!r} has a trained copy in each of {both}, and only one can be in use: name one")
     activate(model, names)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from numbers import Real
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -52,8 +53,9 @@ class LoRALinear(AdapterLayer):
         adapter_name: str = "default",
         autocast_adapter_dtype: bool = True,
     ):
-        check_rank(r)
+        r = check_rank(r)
         check_dropout(lora_dropout)
+        check_alpha(lora_alpha)
         if init_lora_weights not in (True, False, "gaussian"):
             raise ValueError(f"init_lora_weights={init_lora_weights!r}: expected True, False or 'gaussian'")
         pretrained = innermost(base)
@@ -174,3 +176,9 @@ def check_dropout(lora_dropout: float) -> None:
     """Raise unless lora_dropout is a probability."""
     if not isinstance(lora_dropout, int | float) or not 0 <= lora_dropout <= 1:
         raise ValueError(f"lora_dropout={lora_dropout!r}: expected a probability between 0 and 1, for example 0.05")
+
+
+def check_alpha(lora_alpha: float) -> None:
+    """Raise unless lora_alpha is a finite number."""
+    if isinstance(lora_alpha, bool) or not isinstance(lora_alpha, Real) or not math.isfinite(lora_alpha):
+        raise ValueError(f"lora_alpha={lora_alpha!r}: expected a finite number, for example 16")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,14 +26,19 @@ def merge(model: nn.Module, adapter_names: str | Sequence[str] | None = None) ->
         KeyError: if the model has no adapter of that name.
         ValueError: if a merged weight would not be finite; no weight is changed then.
     """
+    merge_layers(layers_of(model, adapter_names))
+
+
+def merge_layers(layers: Iterable[AdapterLayer]) -> None:
+    """Merge all of them, or none if one cannot be merged."""
     done: list[AdapterLayer] = []
     try:
-        for layer in layers_of(model, adapter_names):
+        for layer in layers:
             if not layer.merged:
                 layer.merge()
                 done.append(layer)
     except ValueError:
-        for layer in done:
+        for layer in reversed(done):
             layer.unmerge()
         raise
 
@@ -67,9 +72,7 @@ def merge_and_unload(model: Any) -> nn.Module:
         ValueError: if a merged weight would not be finite; the model is then as before.
     """
     if isinstance(model, AdapterLayer):
-        for layer in adapters_around(model):
-            if layer.active:
-                layer.merge()
+        merge_layers(layer for layer in adapters_around(model) if layer.active)
         return unwrapped(model)
     adapter_state(model)
     tied = tied_weight(model)
@@ -119,11 +122,13 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
         layer.active = False
     for frozen, weight, merge_state in merged:
         frozen.weight = merge_state.pretrained_like(weight)
+    names, state.active = state.active, []  # so that an inner block, when it ends, does not switch anything on
     use_extras(model, [])
     try:
         yield model
     finally:
-        use_extras(model, state.active)
+        state.active = names
+        use_extras(model, names)
         for frozen, merged_weight, _ in merged:
             frozen.weight = merged_weight
         for layer, was_active in zip(layers, active, strict=True):

@@ -34,6 +34,7 @@ NEUTRAL_FIELDS = {
     "fan_in_fan_out", "megatron_config", "megatron_core", "runtime_config", "loftq_config", "eva_config",
     "corda_config", "lora_ga_config", "qalora_group_size", "ensure_weight_tying",
 }  # fmt: skip
+TASKS_WITH_A_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 # Starts that leave the base's weights alone: once the adapter's tensors are loaded, they make no difference.
 HARMLESS_STARTS = (True, False, "gaussian", "orthogonal", "eva")
 
@@ -57,18 +58,27 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, adapter_name: s
         )
     layers = adapter_layers(model, adapter_name)
     tensors = {f"{PREFIX}{name}.{key}": t for name, layer in layers.items() for key, t in layer.saved_tensors().items()}
-    for name, _, _, module in named_places(model):
-        if isinstance(module, TrainedCopy) and adapter_name in module.copies:
-            tensors |= copy_tensors(name, module.copies[adapter_name])
+    copies = {
+        name: module.copies[adapter_name]
+        for name, _, _, module in named_places(model)
+        if isinstance(module, TrainedCopy) and adapter_name in module.copies
+    }
+    for name, copy in copies.items():
+        tensors |= copy_tensors(name, copy)
     for bias in state.biases.get(adapter_name, []):
-        tensors[bias_key(bias.name, layers)] = bias.trained
-    folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
+        for name in bias_names(bias.names, layers, state.configs[adapter_name]):
+            tensors[bias_key(name, layers)] = bias.trained
     stored = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
-    write_atomically(folder / WEIGHTS_FILE, save(stored, metadata={"format": "pt"}))
     fields = config_to_peft(state.configs[adapter_name], model)
     fields["fan_in_fan_out"] = any(isinstance(layer.frozen, Conv1D) for layer in layers.values())
-    write_atomically(folder / CONFIG_FILE, json.dumps(fields, indent=2, sort_keys=True).encode() + b"\n")
+    if fields["task_type"] in TASKS_WITH_A_HEAD and not copies:
+        fields["task_type"] = None  # with it, PEFT looks for a head that is not in this file
+    # Only the outer level is sorted: in rank_pattern and alpha_pattern the first key that fits counts.
+    config_file = json.dumps(dict(sorted(fields.items())), indent=2).encode() + b"\n"
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / WEIGHTS_FILE, save(stored, metadata={"format": "pt"}))
+    write_atomically(folder / CONFIG_FILE, config_file)
     return folder
 
 
@@ -182,7 +192,15 @@ def expected_tensors(plan: Plan) -> dict[str, Tensor]:
     expected = {f"{PREFIX}{n}.{key}": t for n, layer in plan.layers.items() for key, t in layer.saved_tensors().items()}
     for planned in plan.copies:
         expected |= copy_tensors(planned.name, planned.copy)
-    return expected | {bias_key(bias.name, plan.layers): bias.trained for bias in plan.biases}
+    for bias in plan.biases:
+        names = bias_names(bias.names, plan.layers, plan.config)
+        expected |= {bias_key(name, plan.layers): bias.trained for name in names}
+    return expected
+
+
+def bias_names(names: list[str], adapted: Iterable[str], config: LoraConfig) -> list[str]:
+    """Under which of a tied bias's names PEFT writes it: all of them, or with "lora_only" those of adapted layers."""
+    return names if config.bias == "all" else [name for name in names if name in adapted]
 
 
 def copy_tensors(name: str, module: nn.Module) -> dict[str, Tensor]:
@@ -205,7 +223,7 @@ def check_tensors(
             f"{path}: {len(missing)} of {len(expected)} tensors are missing, for example {missing[0]!r}; the adapter "
             "was made for another model or other target_modules, or the file is incomplete"
         )
-    if foreign := sorted(key for key in tensors.keys() - expected.keys() if not repeats_base(key, tensors[key], model)):
+    if foreign := sorted(key for key in tensors.keys() - expected.keys() if not repeats(key, tensors, plan, model)):
         raise ValueError(
             f"{path}: {len(foreign)} tensors have no place in this model, for example {foreign[0]!r}; the adapter was "
             "made for another model, or its config was changed"
@@ -220,14 +238,28 @@ def check_tensors(
             raise ValueError(f"{path}: {key!r} holds {tensors[key].dtype} numbers, expected {parameter.dtype}")
 
 
+def repeats(key: str, tensors: dict[str, Tensor], plan: Plan, model: nn.Module) -> bool:
+    """Whether PEFT wrote something twice: an embedding's weight, or with bias="all" the biases of a copied module."""
+    for planned in plan.copies:
+        for prefix, other in (("modules_to_save.", None), ("original_module.", planned.wrapper.base.state_dict())):
+            tail = key.removeprefix(f"{PREFIX}{planned.name}.")
+            if tail != key and tail.startswith(prefix):
+                inner = tail.removeprefix(prefix)
+                same = tensors.get(f"{PREFIX}{planned.name}.{inner}") if other is None else other.get(inner)
+                if same is not None and same.shape == tensors[key].shape:
+                    return torch.equal(tensors[key].to(same), same)
+                return False
+    return repeats_base(key, tensors[key], model)
+
+
 def repeats_base(key: str, tensor: Tensor, model: nn.Module) -> bool:
     """Whether this is the unchanged weight of an embedding or a head, which PEFT writes into the file as well.
 
     It does so if any adapter stands around that layer, not only the one that is saved.
     """
-    if not key.endswith(".base_layer.weight"):
+    if not key.endswith(".weight"):
         return False
-    name = key.removeprefix(PREFIX).removesuffix(".base_layer.weight")
+    name = key.removeprefix(PREFIX).removesuffix(".weight").removesuffix(".base_layer")
     module = next((module for place, _, _, module in named_places(model) if place == name), None)
     merged_into = module.merge_state.pretrained if isinstance(module, AdapterLayer) else None
     weight = getattr(module, "weight", None) if merged_into is None else merged_into

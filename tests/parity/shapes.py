@@ -91,8 +91,8 @@ def their_parameters(ours, theirs):
         pairs[f"{name}.lora_A"] = layer.lora_A, a
         pairs[f"{name}.lora_B"] = layer.lora_B, b
     for bias in adapter_state(ours).biases.get("default", []):
-        module = modules[bias.name]
-        pairs[f"{bias.name}.bias"] = bias.trained, getattr(module, "base_layer", module).bias
+        module = modules[bias.names[0]]
+        pairs[f"{bias.names[0]}.bias"] = bias.trained, getattr(module, "base_layer", module).bias
     return pairs
 
 
