@@ -72,7 +72,10 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, adapter_name: s
     fields = config_to_peft(state.configs[adapter_name], model)
     fields["fan_in_fan_out"] = any(isinstance(layer.frozen, Conv1D) for layer in layers.values())
     if fields["task_type"] in TASKS_WITH_A_HEAD and not copies:
-        fields["task_type"] = None  # with it, PEFT looks for a head that is not in this file
+        # With it, PEFT looks for a head that is not in this file; without it, "all-linear" would mean the head as well.
+        fields["task_type"] = None
+        if fields["target_modules"] == "all-linear":
+            fields["target_modules"] = list(layers)
     # Only the outer level is sorted: in rank_pattern and alpha_pattern the first key that fits counts.
     config_file = json.dumps(dict(sorted(fields.items())), indent=2).encode() + b"\n"
     folder = Path(directory)

@@ -104,13 +104,16 @@ def test_a_tied_bias_trains_under_all_its_names(tmp_path):
     assert relative_error(read.eval()(ids).logits, ours.eval()(ids).logits) <= 1e-5
 
 
-def test_a_task_type_without_a_saved_head(tmp_path):
-    """PEFT would look for the head in the file; we say no task type then."""
+@pytest.mark.parametrize("targets", [["query"], "all-linear"])
+def test_a_task_type_without_a_saved_head(targets, tmp_path):
+    """PEFT would look for the head in the file; we say no task type then, and name the layers."""
     ours = tiny_model("bert")
-    inject(ours, LoraConfig(target_modules=["query"], task_type="SEQ_CLS"))
+    inject(ours, LoraConfig(target_modules=targets, task_type="SEQ_CLS"))
     save_adapter(moved(ours), tmp_path)
     theirs = peft.PeftModel.from_pretrained(tiny_model("bert"), tmp_path)
     assert relative_error(logits(theirs, "bert"), logits(ours, "bert")) <= 1e-5
+    load_adapter(again := tiny_model("bert"), tmp_path)
+    assert torch.equal(logits(again, "bert"), logits(ours, "bert"))
 
 
 def test_embeddings_saved_on_request(tmp_path):
