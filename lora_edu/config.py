@@ -6,7 +6,6 @@ is switched on by a field, for a predicate on it); ``config.build`` looks them u
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from torch import nn
 from lora_edu.adapter import AdapterLayer, innermost
 from lora_edu.counting import check_rank
 from lora_edu.layer import LoRAConv1D, LoRAEmbedding, LoRALinear, check_alpha, check_dropout
-from lora_edu.matching import fits
+from lora_edu.matching import check_regex, fits
 
 BIASES = ("none", "all", "lora_only")
 
@@ -192,14 +191,6 @@ class LoraConfig(AdapterConfig):
 def first_match(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
     """The value of the first pattern that fits ``name``."""
     return next((value for pattern, value in patterns.items() if fits(pattern, name)), default)
-
-
-def check_regex(field_name: str, pattern: str) -> None:
-    """Raise unless the pattern compiles."""
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{field_name}={pattern!r} is not a regular expression: {error}") from None
 
 
 def lora_builder(layer_class: type[LoRALinear]) -> Build:

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from lora_edu.matching import CLASSIFIER_HEADS, expand_targets, fits, is_target, near_names
+from lora_edu.matching import CLASSIFIER_HEADS, check_regex, expand_targets, fits, is_target, near_names
 from lora_edu.meta import meta_model
 
 
@@ -124,6 +124,9 @@ def lora_report(
         ValueError: a rank below 1; no layer matches (the message lists near names); a match that LoRA cannot adapt.
     """
     check_rank(r)
+    for option, pattern in (("target_modules", target_modules), ("exclude_modules", exclude_modules)):
+        if isinstance(pattern, str):
+            check_regex(option, pattern)
     model = config_or_model
     if not isinstance(model, nn.Module):
         model = meta_model(model, head=head, num_labels=num_labels)

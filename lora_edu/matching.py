@@ -59,6 +59,14 @@ DEFAULT_TARGETS: dict[str, list[str]] = {
 CLASSIFIER_HEADS = ("score", "classifier")
 
 
+def check_regex(field_name: str, pattern: str) -> None:
+    """Raise unless the pattern compiles."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{field_name}={pattern!r} is not a regular expression: {error}") from None
+
+
 def matches_names(patterns: str | Iterable[str] | None, name: str) -> bool:
     """Whether ``name`` is meant by a regular expression (full match) or by a list of name endings."""
     if not patterns:

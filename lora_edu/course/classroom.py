@@ -2,14 +2,12 @@
 
 import csv
 import io
-import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
-from lora_edu.course.notebooks import EXERCISES, ROOT, NotebookError
+from lora_edu.course.notebooks import EXERCISES, ROOT, NotebookError, write_whole
 from lora_edu.course.sandbox import Limits, Outcome, Sandbox
 from lora_edu.course.submissions import Submission, checks_of, code_cells, collect, line_up, reaching
 
@@ -120,16 +118,7 @@ def write_csv(rows: Iterable[Row], path: Path) -> None:
     table = csv.writer(text, lineterminator="\n")
     table.writerow([field.name for field in fields(Row)])
     table.writerows([[_harmless(value) for value in astuple(row)] for row in rows])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
-            file.write(text.getvalue())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_whole(text.getvalue().encode(), path)
 
 
 def _harmless(value: object) -> object:

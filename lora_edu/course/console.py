@@ -12,6 +12,10 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+for stream in (sys.stdout, sys.stderr):  # a pipe or a terminal that knows no ✓ shows a ? and goes on
+    if hasattr(stream, "reconfigure"):
+        stream.reconfigure(errors="replace")
+
 console = Console(highlight=False, soft_wrap=True)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 

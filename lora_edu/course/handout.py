@@ -1,8 +1,7 @@
 """``lora-edu handout``: a zip of lessons and exercises to give to a class. It holds no solution."""
 
-import os
+import io
 import re
-import tempfile
 import zipfile
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from lora_edu.course.notebooks import (
     normalise,
     read,
     title,
+    write_whole,
 )
 
 TOP = "lora-edu-handout"
@@ -122,20 +122,14 @@ def contents(lessons: list[Path], exercises: Path = EXERCISES, library: bool = F
 
 def write_zip(files: dict[str, bytes], output: Path) -> None:
     """Write the zip whole or not at all; the same files give the same bytes."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=output.parent, prefix=f".{output.name}-", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as raw, zipfile.ZipFile(raw, "w") as archive:
-            for name in sorted(files):
-                entry = zipfile.ZipInfo(f"{TOP}/{name}", DATE)
-                entry.create_system, entry.external_attr = 3, 0o100644 << 16
-                entry.compress_type = zipfile.ZIP_DEFLATED
-                archive.writestr(entry, files[name])
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, output)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        for name in sorted(files):
+            entry = zipfile.ZipInfo(f"{TOP}/{name}", DATE)
+            entry.create_system, entry.external_attr = 3, 0o100644 << 16
+            entry.compress_type = zipfile.ZIP_DEFLATED
+            archive.writestr(entry, files[name])
+    write_whole(content.getvalue(), output)
 
 
 def _cleared(path: Path) -> bytes:

@@ -79,14 +79,14 @@ def memory(
         console.print(f"activations are estimated for {', '.join(FAMILIES)} only: this is the sum without them")
     _bars(table, gpu_memory)
     if png is not None:
-        figure(table).savefig(png, dpi=100)
+        figure(table).savefig(png, dpi=100, format="png")
         console.print(f"wrote {png}", markup=False)
 
 
 def parse_targets(targets: str | None) -> list[str] | str | None:
     """Names with commas between them become a list; a regular expression and ``all-linear`` stay as they are."""
-    if targets and targets != "all-linear" and re.fullmatch(r"[\w.]+(,[\w.]+)*", targets):
-        return targets.split(",")
+    if targets and targets != "all-linear" and re.fullmatch(r"[\w.]+(\s*,\s*[\w.]+)*", targets):
+        return re.split(r"\s*,\s*", targets)
     return targets
 
 

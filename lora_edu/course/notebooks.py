@@ -133,12 +133,16 @@ def dumps(notebook: NotebookNode) -> str:
 
 def write(notebook: NotebookNode, path: Path) -> None:
     """Write a notebook whole or not at all: a reader never sees half a file."""
-    text = dumps(notebook)
+    write_whole(dumps(notebook).encode(), path)
+
+
+def write_whole(content: bytes, path: Path) -> None:
+    """Write a file whole or not at all; its folder is made if it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".tmp")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:

@@ -73,9 +73,11 @@ def exercise_to_check(name: str, work: Path = WORK) -> Path:
     if Path(name).suffix == ".ipynb" and Path(name).is_file():
         return Path(name).resolve()
     try:
+        course = find_notebook(name, EXERCISES)
+    except NotebookError:  # a name of the learner's own
         return find_notebook(name, work / "exercises")
-    except NotebookError:
-        return find_notebook(name, EXERCISES)
+    mine = work / "exercises" / course.name
+    return mine if mine.is_file() else course
 
 
 def _fresh(source: Path) -> str:

@@ -78,6 +78,16 @@ def pair(shape, dtype=torch.float64, targets=None, model_settings=None, seed=0, 
     return ours, theirs
 
 
+def moved(model):
+    """The model with every trained number moved, so that a forgotten one shows."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
+    return model
+
+
 def their_parameters(ours, theirs):
     """{our parameter's key: (our parameter, PEFT's)} for everything that trains."""
     modules = dict(theirs.base_model.model.named_modules())

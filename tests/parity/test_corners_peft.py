@@ -5,7 +5,7 @@ import warnings
 import peft
 import pytest
 import torch
-from shapes import batch_for, relative_error, tiny_model
+from shapes import batch_for, moved, relative_error, tiny_model
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM
 
@@ -30,16 +30,6 @@ pytestmark = [
 
 def logits(model, shape):
     return model.eval()(**batch_for(shape, model)).logits.detach()
-
-
-def moved(model):
-    """The model with every trained number moved, so that a forgotten one shows."""
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
-    return model
 
 
 def with_peft(model, **options):

@@ -6,7 +6,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from shapes import TARGETS, batch_for, pair, relative_error, tiny_model
+from shapes import TARGETS, batch_for, moved, pair, relative_error, tiny_model
 
 from lora_edu import LoraConfig, inject, load_adapter, save_adapter
 
@@ -50,20 +50,11 @@ def logits(model, shape):
     return model.eval()(**batch).logits
 
 
-def change_everything_that_trains(model):
-    """Move every trained tensor, so that a forgotten bias or head would show."""
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
-
-
 @pytest.mark.parametrize(("shape", "case"), ALL)
 def test_peft_reads_what_we_write(shape, case, tmp_path):
     settings = case.get("model_settings", {})
     ours, _ = pair(shape, torch.float32, **case)
-    change_everything_that_trains(ours)
+    moved(ours)
     save_adapter(ours, tmp_path)
     theirs = peft.PeftModel.from_pretrained(tiny_model(shape, torch.float32, **settings), tmp_path)
     assert relative_error(logits(theirs, shape), logits(ours, shape)) <= 1e-5
@@ -73,7 +64,7 @@ def test_peft_reads_what_we_write(shape, case, tmp_path):
 def test_we_read_what_peft_writes(shape, case, tmp_path):
     settings = case.get("model_settings", {})
     _, theirs = pair(shape, torch.float32, **case)
-    change_everything_that_trains(theirs)
+    moved(theirs)
     theirs.save_pretrained(tmp_path)
     ours = tiny_model(shape, torch.float32, **settings)
     load_adapter(ours, tmp_path)

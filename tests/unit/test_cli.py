@@ -1,5 +1,6 @@
 """The command line: help everywhere, one line instead of a traceback, and only --update writes lessons/."""
 
+import os
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -57,6 +58,7 @@ def test_help(command):
         (["bases", "fetch", "nothing"], "nothing"),
         (["count", "llama-7b", "--r", "0"], "0"),
         (["count", "llama-7b", "--targets", "q_prok"], "q_prok"),
+        (["count", "llama-7b", "--targets", "(unclosed"], "target_modules='(unclosed' is not a regular expression"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -66,6 +68,21 @@ def test_errors_are_one_line(arguments, words):
     assert "Traceback" not in result.output
     assert words in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_targets_may_have_spaces_between_them():
+    plain = call("count", "llama-7b", "--targets", "q_proj,v_proj").output
+    assert call("count", "llama-7b", "--targets", "q_proj, v_proj").output == plain
+
+
+def test_a_terminal_without_the_marks_gets_question_marks():
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(
+        [sys.executable, "-m", "lora_edu.course.cli", "count", "llama-7b"],
+        capture_output=True, text=True, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0
+    assert "Traceback" not in done.stderr
 
 
 def test_it_also_runs_as_a_module():
@@ -134,7 +151,9 @@ def test_check_prefers_the_learners_copy(tmp_path, monkeypatch):
     monkeypatch.setattr(work, "EXERCISES", tmp_path / "lessons" / "exercises")
     write(normalise(new_notebook(cells=[])), tmp_path / "lessons" / "exercises" / "01_a.ipynb")
     write(normalise(new_notebook(cells=[])), tmp_path / "lessons" / "exercises" / "02_b.ipynb")
-    assert work.exercise_to_check("1", tmp_path / "work").is_relative_to(tmp_path / "work")
+    write(normalise(new_notebook(cells=[])), tmp_path / "work" / "exercises" / "01_a.before-reset.ipynb")
+    assert work.exercise_to_check("1", tmp_path / "work") == tmp_path / "work" / "exercises" / "01_a.ipynb"
+    assert work.exercise_to_check("01_a.before-reset", tmp_path / "work").stem == "01_a.before-reset"
     monkeypatch.setattr(notebooks.find_notebook, "__defaults__", (tmp_path / "lessons",))
     assert work.exercise_to_check("2", tmp_path / "work").is_relative_to(tmp_path / "lessons")
 

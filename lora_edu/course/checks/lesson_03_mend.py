@@ -122,7 +122,15 @@ def mended_note(candidate: Callable[[nn.Linear, int, float], Any], hint: int = 1
     def build() -> tuple[Any, nn.Linear, int, float]:
         inputs, outputs, r, alpha = _sizes()
         linear = nn.Linear(inputs, outputs).double()
-        return candidate(copy.deepcopy(linear), r, alpha), linear, r, alpha
+        layer = candidate(copy.deepcopy(linear), r, alpha)
+        for name, parameter in layer.named_parameters():
+            if parameter.dtype != linear.weight.dtype:
+                raise Wrong(
+                    f"the layer it was given is in {linear.weight.dtype}, and your {name} in {parameter.dtype}",
+                    "Which type has torch.randn(r, n), if nobody says?",
+                    "Give A and B the given layer's type: torch.randn(r, n, dtype=linear.weight.dtype).",
+                )
+        return layer, linear, r, alpha
 
     def pretrained() -> None:
         layer, linear, _, _ = build()
