@@ -1,6 +1,6 @@
 """Time and memory of a training step: our plain LoRA against PEFT's and against full fine-tuning, on the CPU.
 
-    python benchmarks/peft_speed.py                      # writes data/runs/peft_speed.json, some ten minutes on 2 cores
+    python benchmarks/peft_speed.py                      # writes data/runs/peft_speed.json, 15 minutes on 2 cores
     python benchmarks/peft_speed.py --quick              # the same code on small shapes, in half a minute
 
 Two shapes. "bert": hidden 384, 6 layers, as in minilm, random weights, one thread, processor time. "smollm2": the
