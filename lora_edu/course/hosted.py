@@ -1,7 +1,7 @@
 """Lessons for Colab and Kaggle: a copy whose first cell gets the course and installs what it needs.
 
 The cell's code is this module's own: the parts that ``CELL`` names are copied into it as they stand. They use the
-standard library and ``packaging``, because a new session promises nothing else. Versions come from the
+standard library and ``packaging``, because a new runtime promises nothing else. Versions come from the
 ``pyproject.toml`` of the course that the cell has fetched, and are written nowhere else.
 """
 
@@ -23,7 +23,7 @@ from lora_edu.course.notebooks import BUILD, ROOT, NotebookError, clear_outputs,
 
 OPENING = """\
 # Run this cell first. On Colab and Kaggle it gets the course and installs what the lesson needs, in a minute or two;
-# PyTorch stays as the session brings it. Where the course is installed, and on your own machine, it does nothing.
+# PyTorch stays as the runtime brings it. Where the course is installed, and on your own machine, it does nothing.
 import importlib.metadata
 import importlib.util
 import os
@@ -34,7 +34,7 @@ from pathlib import Path
 
 
 class NotReady(RuntimeError):
-    """The session cannot run the course. A notebook shows the sentence, without a traceback."""
+    """The runtime cannot run the course. A notebook shows the sentence, without a traceback."""
 
     def _render_traceback_(self) -> list[str]:
         return [str(self)]
@@ -48,7 +48,7 @@ def call(command: list[str], otherwise: str) -> str:
     try:
         done = subprocess.run(command, env=variables, stdin=subprocess.DEVNULL, stdout=out, stderr=err, text=True)
     except FileNotFoundError:
-        raise NotReady(f"{command[0]} is not installed in this session. {otherwise}") from None
+        raise NotReady(f"{command[0]} is not installed in this runtime. {otherwise}") from None
     if done.returncode:
         said = done.stdout.strip().splitlines() or [f"exit code {done.returncode}"]
         raise NotReady(f"That did not work: {said[-1].strip().rstrip('.')}. {otherwise}")
@@ -65,7 +65,7 @@ def requirements(pyproject: Path) -> list[str]:
     wanted = {Requirement(text).name: text for text in project["dependencies"]}
     wanted |= {Requirement(text).name: text for text in project["optional-dependencies"]["course"]}
     for name in ("ipykernel", "jupyterlab", "nbclient", "nbconvert", "nbformat"):
-        wanted.pop(name, None)  # the notebook server is the session's own
+        wanted.pop(name, None)  # the notebook server is the runtime's own
     installed = {found.name for found in importlib.metadata.distributions()}
     if "torch" in installed:
         version = importlib.metadata.version("torch")
@@ -84,8 +84,8 @@ def set_up(repository: str, bases: list[str]) -> None:
     if host is None or importlib.util.find_spec("lora_edu"):
         return
     if importlib.util.find_spec("tomllib") is None:
-        raise NotReady(f"The course needs Python 3.11 or newer, and this session has {sys.version.split()[0]}.")
-    again = "Check that the session has internet, then run this cell again."
+        raise NotReady(f"The course needs Python 3.11 or newer, and this runtime has {sys.version.split()[0]}.")
+    again = "Check that the runtime has internet, then run this cell again."
     if host == "Kaggle":
         again = "Switch on Internet in the notebook's settings, at the side, then run this cell again."
     course = Path.home() / "lora-edu"
@@ -99,7 +99,7 @@ def set_up(repository: str, bases: list[str]) -> None:
         print(call([sys.executable, "-m", "lora_edu.course.cli", "bases", "fetch", base], again).split("\n")[-1])
     importlib.invalidate_caches()
     if old := sorted(name for name in before if importlib.metadata.version(name) != before[name]):
-        raise NotReady(f"Installed. Restart the session now: it still holds the old {' and '.join(old)}.")
+        raise NotReady(f"Installed. Restart the runtime now: it still holds the old {' and '.join(old)}.")
     sys.path.insert(0, str(course))  # new processes find the course by themselves, this one has started before
     print(f"The course is ready in {course}, with torch {importlib.metadata.version('torch')}.")
 
@@ -157,7 +157,7 @@ def export_hosted(name: str, repository: str | None = None, output: Path | None 
     address = repository_address(repository)
     notebook = clear_outputs(read(source))
     if any("def set_up(" in cell.source for cell in notebook.cells[:1]):
-        raise NotebookError(f"{source.name} is a copy for hosted sessions already: export the lesson itself")
+        raise NotebookError(f"{source.name} is a copy for hosted runtimes already: export the lesson itself")
     cell = new_code_cell(first_cell(address, bases_of(notebook)))
     cell["id"] = "hosted-set-up"
     notebook.cells.insert(0, cell)

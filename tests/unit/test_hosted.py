@@ -46,8 +46,8 @@ with open(os.environ["COMMANDS"], "a") as file:
 """
 
 
-class Session:
-    """A hosted session: a home, a folder of commands that only write down how they were called, a Python's packages."""
+class Runtime:
+    """A hosted runtime: a home, a folder of commands that only write down how they were called, a Python's packages."""
 
     def __init__(self, folder: Path):
         self.home, self.bin, self.packages = folder / "home", folder / "bin", folder / "packages"
@@ -94,53 +94,53 @@ class Session:
 
 
 @pytest.fixture
-def session(tmp_path):
-    return Session(tmp_path)
+def runtime(tmp_path):
+    return Runtime(tmp_path)
 
 
-def test_on_a_local_machine_the_cell_does_nothing(session):
-    code, lines, words = session.run(None)
+def test_on_a_local_machine_the_cell_does_nothing(runtime):
+    code, lines, words = runtime.run(None)
     assert (code, words) == (0, [])
     assert [line for line in lines if not line.startswith("path:")] == []
-    assert not session.course.exists()
+    assert not runtime.course.exists()
 
 
-def test_where_the_course_is_installed_the_cell_does_nothing(session):
+def test_where_the_course_is_installed_the_cell_does_nothing(runtime):
     found = "importlib.util.find_spec = lambda name, *rest: object() if name == 'lora_edu' else real(name, *rest)"
-    code, lines, words = session.run("COLAB_RELEASE_TAG", before=found)
+    code, lines, words = runtime.run("COLAB_RELEASE_TAG", before=found)
     assert (code, len(lines), words) == (0, 1, [])
 
 
 @pytest.mark.parametrize("host", ["COLAB_RELEASE_TAG", "KAGGLE_KERNEL_RUN_TYPE"])
-def test_it_clones_and_installs_by_ranges_and_keeps_torch(session, host):
-    session.provides("torch", "2.12.1+cu130")
-    code, lines, words = session.run(host)
+def test_it_clones_and_installs_by_ranges_and_keeps_torch(runtime, host):
+    runtime.provides("torch", "2.12.1+cu130")
+    code, lines, words = runtime.run(host)
     assert code == 0
     clone, pip = words[: words.index("pip")], words[words.index("pip") :]
-    assert clone == ["git", "clone", "--quiet", "--depth", "1", "--", ADDRESS, str(session.course)]
+    assert clone == ["git", "clone", "--quiet", "--depth", "1", "--", ADDRESS, str(runtime.course)]
     assert pip[:2] == ["pip", "install"]
-    assert pip[-2:] == ["--editable", str(session.course)]
+    assert pip[-2:] == ["--editable", str(runtime.course)]
     wanted = [word for word in pip[2:-2] if not word.startswith("-")]
     kept = {name: text for name, text in RANGES.items() if name not in SERVER} | {"torch": "torch==2.12.1+cu130"}
     assert wanted == list(kept.values())
     assert "peft>=0.20" in wanted
     assert lines[0].startswith("$ git clone")
     assert lines[1].startswith("$ python -m pip install")
-    assert lines[-2] == f"The course is ready in {session.course}, with torch 2.12.1+cu130."
-    assert lines[-1] == f"path: {session.course}"
+    assert lines[-2] == f"The course is ready in {runtime.course}, with torch 2.12.1+cu130."
+    assert lines[-1] == f"path: {runtime.course}"
 
 
-def test_a_second_run_does_not_clone_again(session):
-    session.run("COLAB_RELEASE_TAG")
-    session.log.unlink()
-    code, _, words = session.run("COLAB_RELEASE_TAG")
+def test_a_second_run_does_not_clone_again(runtime):
+    runtime.run("COLAB_RELEASE_TAG")
+    runtime.log.unlink()
+    code, _, words = runtime.run("COLAB_RELEASE_TAG")
     assert code == 0
     assert "git" not in words
 
 
-def test_what_is_installed_satisfies_the_command_without_any_download(session):
+def test_what_is_installed_satisfies_the_command_without_any_download(runtime):
     """Real pip, told to use no index: it would change nothing, torch least of all."""
-    words = session.run("COLAB_RELEASE_TAG")[2]
+    words = runtime.run("COLAB_RELEASE_TAG")[2]
     wanted = words[words.index("pip") + 2 : -2]
     assert f"torch=={importlib.metadata.version('torch')}" in wanted
     dry = [sys.executable, "-m", "pip", "install", "--dry-run", "--no-index", *(w for w in wanted if w != "--quiet")]
@@ -149,10 +149,10 @@ def test_what_is_installed_satisfies_the_command_without_any_download(session):
     assert "Would install" not in done.stdout
 
 
-def test_a_torch_outside_the_range_is_replaced_and_said_so(session):
-    session.provides("torch", "2.5.0+cu124")
-    session.provides("torchvision", "0.20.0+cu124")
-    code, lines, words = session.run("COLAB_RELEASE_TAG")
+def test_a_torch_outside_the_range_is_replaced_and_said_so(runtime):
+    runtime.provides("torch", "2.5.0+cu124")
+    runtime.provides("torchvision", "0.20.0+cu124")
+    code, lines, words = runtime.run("COLAB_RELEASE_TAG")
     assert code == 0
     assert (
         f"torch 2.5.0+cu124 is replaced, because the course needs {RANGES['torch']}: this takes some minutes" in lines
@@ -162,15 +162,15 @@ def test_a_torch_outside_the_range_is_replaced_and_said_so(session):
     assert "torchaudio" not in words
 
 
-def test_something_replaced_after_it_was_imported_asks_for_a_restart(session):
-    session.provides("numpy", "1.26.0")
-    session.pip("""
+def test_something_replaced_after_it_was_imported_asks_for_a_restart(runtime):
+    runtime.provides("numpy", "1.26.0")
+    runtime.pip("""
         found = Path(__file__).parents[1] / "numpy-1.26.0.dist-info" / "METADATA"
         found.write_text(found.read_text().replace("1.26.0", "2.1.0"))
     """)
-    code, lines, _ = session.run("COLAB_RELEASE_TAG", before="sys.modules['numpy'] = sys")
+    code, lines, _ = runtime.run("COLAB_RELEASE_TAG", before="sys.modules['numpy'] = sys")
     assert code == 1
-    assert "Installed. Restart the session now: it still holds the old numpy." in lines
+    assert "Installed. Restart the runtime now: it still holds the old numpy." in lines
     assert not any("Traceback" in line for line in lines)
 
 
@@ -181,12 +181,12 @@ NO_NETWORK = "fatal: unable to access 'https://example.org/lora-edu.git/': Could
     ("host", "advice"),
     [
         ("KAGGLE_KERNEL_RUN_TYPE", "Switch on Internet in the notebook's settings"),
-        ("COLAB_RELEASE_TAG", "Check that the session has internet"),
+        ("COLAB_RELEASE_TAG", "Check that the runtime has internet"),
     ],
 )
-def test_without_network_it_says_so_in_one_line(session, host, advice):
-    session.git(f'echo "{NO_NETWORK}" >&2; exit 128')
-    code, lines, words = session.run(host)
+def test_without_network_it_says_so_in_one_line(runtime, host, advice):
+    runtime.git(f'echo "{NO_NETWORK}" >&2; exit 128')
+    code, lines, words = runtime.run(host)
     assert code == 1
     assert "pip" not in words
     (said,) = [line for line in lines if not line.startswith(("$", "path:"))]
@@ -194,56 +194,56 @@ def test_without_network_it_says_so_in_one_line(session, host, advice):
     assert said.endswith("then run this cell again.")
 
 
-def test_kaggle_is_told_apart_though_it_may_carry_colabs_name(session):
-    session.git("exit 128")
+def test_kaggle_is_told_apart_though_it_may_carry_colabs_name(runtime):
+    runtime.git("exit 128")
     before = "import os; os.environ['COLAB_RELEASE_TAG'] = 'release'"
-    assert "Switch on Internet" in "\n".join(session.run("KAGGLE_KERNEL_RUN_TYPE", before=before)[1])
+    assert "Switch on Internet" in "\n".join(runtime.run("KAGGLE_KERNEL_RUN_TYPE", before=before)[1])
 
 
-def test_a_failing_pip_says_its_last_line_and_can_be_tried_again(session):
-    session.pip("""
+def test_a_failing_pip_says_its_last_line_and_can_be_tried_again(runtime):
+    runtime.pip("""
         print("WARNING: Retrying")
         sys.exit("ERROR: No matching distribution found for peft>=0.20")
     """)
-    code, lines, _ = session.run("COLAB_RELEASE_TAG")
+    code, lines, _ = runtime.run("COLAB_RELEASE_TAG")
     assert code == 1
     (said,) = [line for line in lines if not line.startswith(("$", "path:"))]
     assert said.startswith("That did not work: ERROR: No matching distribution found for peft>=0.20. Check")
-    assert lines[-1] != f"path: {session.course}"
-    session.pip("")
-    assert session.run("COLAB_RELEASE_TAG")[0] == 0
+    assert lines[-1] != f"path: {runtime.course}"
+    runtime.pip("")
+    assert runtime.run("COLAB_RELEASE_TAG")[0] == 0
 
 
-def test_no_git_is_said_in_one_line(session):
-    (session.bin / "git").unlink()
-    code, lines, _ = session.run("COLAB_RELEASE_TAG", before=f"import os; os.environ['PATH'] = {str(session.bin)!r}")
+def test_no_git_is_said_in_one_line(runtime):
+    (runtime.bin / "git").unlink()
+    code, lines, _ = runtime.run("COLAB_RELEASE_TAG", before=f"import os; os.environ['PATH'] = {str(runtime.bin)!r}")
     assert code == 1
-    assert any(line.startswith("git is not installed in this session.") for line in lines)
+    assert any(line.startswith("git is not installed in this runtime.") for line in lines)
 
 
-def test_an_old_python_is_named(session):
+def test_an_old_python_is_named(runtime):
     old = (
         "importlib.util.find_spec = lambda name, *rest: None if name in ('lora_edu', 'tomllib') else real(name, *rest)"
     )
-    code, lines, words = session.run("COLAB_RELEASE_TAG", before=old)
+    code, lines, words = runtime.run("COLAB_RELEASE_TAG", before=old)
     assert (code, words) == (1, [])
     assert any(line.startswith("The course needs Python 3.11 or newer") for line in lines)
     assert PROJECT["requires-python"] == ">=3.11"
 
 
-def test_bases_of_the_lesson_are_fetched(session):
-    package = session.packages / "lora_edu" / "course"
+def test_bases_of_the_lesson_are_fetched(runtime):
+    package = runtime.packages / "lora_edu" / "course"
     package.mkdir(parents=True)
     (package / "__init__.py").touch()
     (package.parent / "__init__.py").touch()
     (package / "cli.py").write_text("import sys\nprint('downloading')\nprint(sys.argv[3] + ': ready')\n")
-    code, lines, _ = session.run("COLAB_RELEASE_TAG", bases=("minilm",))
+    code, lines, _ = runtime.run("COLAB_RELEASE_TAG", bases=("minilm",))
     assert code == 0
     assert "$ python -m lora_edu.course.cli bases fetch minilm" in lines
     assert "minilm: ready" in lines
 
 
-def test_the_clone_is_a_real_one(session, tmp_path):
+def test_the_clone_is_a_real_one(runtime, tmp_path):
     """Real git, from a repository on this disk."""
     origin = tmp_path / "origin"
     origin.mkdir()
@@ -251,10 +251,10 @@ def test_the_clone_is_a_real_one(session, tmp_path):
     who = ["-c", "user.name=a", "-c", "user.email=a@example.org", "-c", "commit.gpgsign=false"]
     for arguments in (["init", "--quiet"], ["add", "."], [*who, "commit", "--quiet", "-m", "start"]):
         subprocess.run(["git", *arguments], cwd=origin, check=True)
-    (session.bin / "git").unlink()
-    code, lines, _ = session.run("COLAB_RELEASE_TAG", address=origin.as_uri())
-    assert (code, lines[-1]) == (0, f"path: {session.course}")
-    assert (session.course / "pyproject.toml").read_bytes() == (origin / "pyproject.toml").read_bytes()
+    (runtime.bin / "git").unlink()
+    code, lines, _ = runtime.run("COLAB_RELEASE_TAG", address=origin.as_uri())
+    assert (code, lines[-1]) == (0, f"path: {runtime.course}")
+    assert (runtime.course / "pyproject.toml").read_bytes() == (origin / "pyproject.toml").read_bytes()
 
 
 # The copy that carries the cell.
