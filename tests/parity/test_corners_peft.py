@@ -5,6 +5,7 @@ import warnings
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from shapes import batch_for, moved, relative_error, tiny_model
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM
@@ -71,6 +72,20 @@ def test_names_to_save_are_plain_endings(tmp_path):
 
 def test_biases_and_a_saved_head(tmp_path):
     assert_files_cross("bert", tmp_path, target_modules=["query"], modules_to_save=["classifier"], bias="all")
+
+
+@pytest.mark.errors
+@pytest.mark.parametrize("part", ["original_module", "modules_to_save"])
+def test_what_a_file_repeats_must_be_the_same(part, tmp_path):
+    """PEFT writes the head's pretrained and trained bias once more; another value means another base or a bad file."""
+    theirs = with_peft(tiny_model("bert"), target_modules=["query"], modules_to_save=["classifier"], bias="all")
+    theirs.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    (key,) = [key for key in tensors if f"classifier.{part}." in key and key.endswith("bias")]
+    tensors[key] = tensors[key] + 1
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="have no place in this model"):
+        load_adapter(tiny_model("bert"), tmp_path)
 
 
 def test_a_tied_bias_trains_under_all_its_names(tmp_path):
