@@ -107,7 +107,8 @@ class LoraConfig(AdapterConfig):
         rank_pattern, alpha_pattern: {regular expression for the end of a name: value}; the first that fits counts.
         layers_to_transform: adapt only layers with these indices.
         layers_pattern: the name before the index, where a model has several numbered lists.
-        task_type: passed on to PEFT's file; ``"SEQ_CLS"`` keeps a classifier out of ``"all-linear"``.
+        task_type: passed on to PEFT's file. With ``"SEQ_CLS"``, ``"TOKEN_CLS"`` or ``"QUESTION_ANS"`` the model's new
+            head joins ``modules_to_save``; the first also keeps it out of ``"all-linear"``.
 
     Raises:
         ValueError: for a rank below 1 or not whole, a dropout outside [0, 1], an unknown word for ``bias``.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -12,6 +12,13 @@ from torch import nn
 from lora_edu.adapter import Wrapper, adapter_layers, adapters_around, named_places
 from lora_edu.config import LoraConfig
 from lora_edu.matching import near_names
+
+# What the new heads of these tasks are called in transformers' models; PEFT trains and saves them without being asked.
+TASK_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 
 
 class TrainedCopy(Wrapper):
@@ -87,6 +94,15 @@ def adapter_state(model: nn.Module) -> AdapterState:
             "load_adapter(model, directory) first, with the same model object"
         )
     return state
+
+
+def with_task_head(config: LoraConfig, model: nn.Module) -> LoraConfig:
+    """The config with the model's new head for its ``task_type`` among ``modules_to_save``, as PEFT adds it."""
+    heads = TASK_HEADS.get(config.task_type or "", ())
+    given = list(config.modules_to_save or ())
+    names = [name for name, _, _, _ in named_places(model)]
+    new = [head for head in heads if head not in given and any(name.endswith(head) for name in names)]
+    return replace(config, modules_to_save=[*given, *new]) if new else config
 
 
 def saved_places(model: nn.Module, config: LoraConfig) -> list[tuple[str, nn.Module, str, nn.Module]]:

@@ -23,6 +23,7 @@ from lora_edu.extras import (
     extra_parameters,
     planned_copies,
     use_extras,
+    with_task_head,
 )
 from lora_edu.matching import expand_targets, is_target, matches_names, near_names
 
@@ -93,6 +94,11 @@ def plan_injection(
 ) -> Plan:
     """Find the targets and build their layers without putting them into the model."""
     check_injection(model, config, adapter_name)
+    config = with_task_head(config, model)
+    if config.modules_to_save and hasattr(nn.ModuleDict, adapter_name):
+        raise ValueError(
+            f"adapter_name={adapter_name!r} is a word that PyTorch's ModuleDict uses itself: choose another"
+        )
     places = list(named_places(model))
     modules: dict[str, nn.Module] = {name: module for name, _, _, module in places}
     names = target_names(model, config, modules)
@@ -129,10 +135,6 @@ def check_injection(model: nn.Module, config: LoraConfig, adapter_name: str) -> 
         )
     if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
         raise ValueError(f"adapter_name={adapter_name!r}: expected a non-empty name without dots")
-    if config.modules_to_save and hasattr(nn.ModuleDict, adapter_name):
-        raise ValueError(
-            f"adapter_name={adapter_name!r} is a word that PyTorch's ModuleDict uses itself: choose another"
-        )
     if "adapter_state" not in model.__dict__:
         if adapter_layers(model, adapter_name):
             raise ValueError(

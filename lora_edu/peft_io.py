@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_edu.adapter import AdapterLayer, adapter_layers, named_places
 from lora_edu.config import METHODS, LoraConfig
-from lora_edu.extras import TrainedCopy, adapter_state
+from lora_edu.extras import TASK_HEADS, TrainedCopy, adapter_state
 from lora_edu.inject import Plan, carry_out, plan_injection, trainability_kept_on_failure
 
 CONFIG_FILE = "adapter_config.json"
@@ -34,7 +34,6 @@ NEUTRAL_FIELDS = {
     "fan_in_fan_out", "megatron_config", "megatron_core", "runtime_config", "loftq_config", "eva_config",
     "corda_config", "lora_ga_config", "qalora_group_size", "ensure_weight_tying",
 }  # fmt: skip
-TASKS_WITH_A_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 # Starts that leave the base's weights alone: once the adapter's tensors are loaded, they make no difference.
 HARMLESS_STARTS = (True, False, "gaussian", "orthogonal", "eva")
 
@@ -71,7 +70,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, adapter_name: s
     stored = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
     fields = config_to_peft(state.configs[adapter_name], model)
     fields["fan_in_fan_out"] = any(isinstance(layer.frozen, Conv1D) for layer in layers.values())
-    if fields["task_type"] in TASKS_WITH_A_HEAD and not copies:
+    if fields["task_type"] in TASK_HEADS and not copies:
         # With it, PEFT looks for a head that is not in this file; without it, "all-linear" would mean the head as well.
         fields["task_type"] = None
         if fields["target_modules"] == "all-linear":

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from shapes import batch_for, moved, relative_error, tiny_model
 from torch import nn
-from transformers import BertConfig, BertForMaskedLM
+from transformers import BertConfig, BertForMaskedLM, BertForQuestionAnswering, BertForTokenClassification
 
 from lora_edu import (
     LoraConfig,
@@ -109,16 +109,46 @@ def test_a_tied_bias_trains_under_all_its_names(tmp_path):
     assert relative_error(read.eval()(ids).logits, ours.eval()(ids).logits) <= 1e-5
 
 
-@pytest.mark.parametrize("targets", [["query"], "all-linear"])
-def test_a_task_type_without_a_saved_head(targets, tmp_path):
+@pytest.mark.parametrize("targets", [["query"], "all-linear", ["query", "classifier"]])
+def test_the_head_of_a_task_is_trained_and_saved(targets, tmp_path):
+    """PEFT adds the head to modules_to_save without being asked; a target of that name gives way to it."""
+    assert_files_cross("bert", tmp_path, target_modules=targets, task_type="SEQ_CLS")
+    config = LoraConfig(target_modules=targets, task_type="SEQ_CLS")
+    inject(model := tiny_model("bert"), config)
+    assert model.classifier.copies["default"].weight.requires_grad
+    assert config.modules_to_save is None  # the caller's config is left alone
+
+
+@pytest.mark.parametrize(
+    ("task_type", "family"), [("TOKEN_CLS", BertForTokenClassification), ("QUESTION_ANS", BertForQuestionAnswering)]
+)
+def test_the_heads_of_other_tasks(task_type, family, tmp_path):
+    def fresh():
+        torch.manual_seed(0)
+        return family(
+            BertConfig(vocab_size=61, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4)
+        )
+
+    options = {"target_modules": ["query"], "task_type": task_type}
+    report = inject(ours := fresh(), LoraConfig(**options))
+    theirs = with_peft(fresh(), **options)
+    assert (report.trainable, report.total) == theirs.get_nb_trainable_parameters()
+    save_adapter(moved(ours), tmp_path)
+    read = peft.PeftModel.from_pretrained(fresh(), tmp_path)
+    ids = torch.arange(12).reshape(2, 6)
+    assert relative_error(read.eval()(ids)[0], ours.eval()(ids)[0]) <= 1e-5
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], "all-linear"])
+def test_a_task_type_without_a_head(targets, tmp_path):
     """PEFT would look for the head in the file; we say no task type then, and name the layers."""
-    ours = tiny_model("bert")
+    ours = tiny_model("llama")
     inject(ours, LoraConfig(target_modules=targets, task_type="SEQ_CLS"))
     save_adapter(moved(ours), tmp_path)
-    theirs = peft.PeftModel.from_pretrained(tiny_model("bert"), tmp_path)
-    assert relative_error(logits(theirs, "bert"), logits(ours, "bert")) <= 1e-5
-    load_adapter(again := tiny_model("bert"), tmp_path)
-    assert torch.equal(logits(again, "bert"), logits(ours, "bert"))
+    theirs = peft.PeftModel.from_pretrained(tiny_model("llama"), tmp_path)
+    assert relative_error(logits(theirs, "llama"), logits(ours, "llama")) <= 1e-5
+    load_adapter(again := tiny_model("llama"), tmp_path)
+    assert torch.equal(logits(again, "llama"), logits(ours, "llama"))
 
 
 def test_embeddings_saved_on_request(tmp_path):
