@@ -75,7 +75,6 @@ def merge_and_unload(model: Any) -> nn.Module:
         merge_layers(layer for layer in adapters_around(model) if layer.active)
         return unwrapped(model)
     adapter_state(model)
-    tied = tied_weight(model)
     merge(model)
     for _, parent, attribute, module in list(named_places(model)):
         if isinstance(module, AdapterLayer):
@@ -83,8 +82,8 @@ def merge_and_unload(model: Any) -> nn.Module:
         elif isinstance(module, TrainedCopy):
             setattr(parent, attribute, module.module())
     model.__dict__.pop("adapter_state", None)
-    if tied and not tied_weight(model):
-        model.config.tie_word_embeddings = False
+    if getattr(getattr(model, "config", None), "tie_word_embeddings", False) and not tied_weight(model):
+        model.config.tie_word_embeddings = False  # or loading the saved model would tie them again
         warnings.warn(
             "the output head was tied to the embedding and now has weights of its own: "
             "config.tie_word_embeddings is set to False",
@@ -114,21 +113,26 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     >>> with disable_adapter(model):
     ...     reference = model(**batch)
     """
-    state = adapter_state(model)
-    layers = [layer for name in state.configs for layer in adapter_layers(model, name).values()]
+    adapter_state(model)  # says so where there is no adapter
+    layers = [module for module in model.modules() if isinstance(module, AdapterLayer)]
+    # Usually the model itself; parts of it may have been injected on their own.
+    injected = [module for module in model.modules() if "adapter_state" in module.__dict__]
+    names = [adapter_state(module).active for module in injected]
     active = [layer.active for layer in layers]
     merged = [(layer.frozen, layer.frozen.weight, layer.merge_state) for layer in layers if layer.merged]
     for layer in layers:
         layer.active = False
     for frozen, weight, merge_state in merged:
         frozen.weight = merge_state.pretrained_like(weight)
-    names, state.active = state.active, []  # so that an inner block, when it ends, does not switch anything on
-    use_extras(model, [])
+    for module in injected:
+        adapter_state(module).active = []  # so that an inner block, when it ends, does not switch anything on
+        use_extras(module, [])
     try:
         yield model
     finally:
-        state.active = names
-        use_extras(model, names)
+        for module, were_active in zip(injected, names, strict=True):
+            adapter_state(module).active = were_active
+            use_extras(module, were_active)
         for frozen, merged_weight, _ in merged:
             frozen.weight = merged_weight
         for layer, was_active in zip(layers, active, strict=True):

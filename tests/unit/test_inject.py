@@ -145,6 +145,28 @@ def test_an_untied_merge_survives_saving_the_whole_model(tmp_path):
     assert torch.allclose(logits(again), logits(plain), rtol=1e-10)
 
 
+def test_a_saved_head_that_was_tied_survives_saving_the_whole_model(tmp_path):
+    model = llama(tied=True)
+    inject(model, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    shake(model)
+    with pytest.warns(UserWarning, match="tie_word_embeddings"):
+        plain = merge_and_unload(model)
+    plain.save_pretrained(tmp_path)
+    again = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+    assert torch.allclose(logits(again), logits(plain), rtol=1e-10)
+
+
+def test_disabling_a_whole_reaches_the_biases_of_a_part():
+    model = llama()
+    base = logits(model)
+    inject(model.model, LoraConfig(r=2, target_modules=["q_proj"], bias="all"))
+    shake(model)
+    adapted = logits(model)
+    with disable_adapter(model):
+        assert torch.equal(logits(model), base)
+    assert torch.equal(logits(model), adapted)
+
+
 def test_several_adapters():
     model = llama()
     base = logits(model)
