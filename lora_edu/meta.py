@@ -26,14 +26,17 @@ HEADS = {"lm": AutoModelForCausalLM, "classification": AutoModelForSequenceClass
 
 
 def load_config(source: PretrainedConfig | str | Path) -> PretrainedConfig:
-    """A transformers config from an object, a folder or JSON file, a shipped name (``shipped_configs()``) or a hub id.
+    """A transformers config from an object, a folder or JSON file, a shipped name or a hub id.
+
+    Shipped are ``shipped_configs()`` and the base ``tiny``.
 
     Raises:
         ValueError: nothing with this name can be read.
     """
     if isinstance(source, PretrainedConfig):
         return source
-    path = next((p for p in (config_folder() / str(source), Path(source)) if p.exists()), None)
+    shipped = (config_folder() / str(source), config_folder().parent / str(source))  # the second for "tiny"
+    path = next((p for p in (*shipped, Path(source)) if (p / "config.json").exists() or p.is_file()), None)
     if path is None and "/" not in str(source):  # no hub id: do not wait for the network to say so
         near = difflib.get_close_matches(str(source), shipped_configs(), 3) or shipped_configs()
         raise ValueError(f"no model config named {str(source)!r}; near names: {near}; a folder or a hub id works too")

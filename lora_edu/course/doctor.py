@@ -67,8 +67,12 @@ def _versions() -> list[Finding]:
 def _bases() -> list[Finding]:
     from lora_edu.lab.bases import list_bases
 
+    try:
+        bases = list_bases()
+    except FileNotFoundError:  # no data folder: the line about the data says so
+        return []
     findings = []
-    for base in list_bases():
+    for base in bases:
         missing = (
             "missing from data/" if base.name == "tiny" else "not here: run lora-edu bases fetch (00–05 need none)"
         )
