@@ -285,6 +285,20 @@ def table(record: dict[str, Any]) -> Iterator[str]:
         yield f"{line['shape']:8} {line['adapted']:11} {line['lora_dropout']:7.1f}  {words}"
 
 
+def lines_to_keep(path: Path, record: dict[str, Any], only: str | None) -> list[dict[str, Any]]:
+    """With ``--only``, the file's lines of other shapes, if they were measured under the same terms."""
+    if only is None or not path.exists():
+        return []
+    before = json.loads(path.read_text(encoding="utf-8"))
+    terms = ("hardware", "versions", "seed", "environment", "rounds", "warmup")
+    if any(before[name] != record[name] for name in terms):
+        raise typer.BadParameter(f"{path} was made with other versions or settings: run without --only")
+    others = [line for line in before["comparisons"] if line["shape"] != only]
+    if others:
+        record["other_shapes"] = {name: before[name] for name in ("command", "date", "commit", "load_average")}
+    return others
+
+
 def main(
     quick: Annotated[bool, typer.Option("--quick", help="Small shapes and 3 rounds: tries the script.")] = False,
     rounds: Annotated[int | None, typer.Option(help="Timed rounds of each comparison; 24, or 3 with --quick.")] = None,
@@ -317,21 +331,22 @@ def main(
         "load_average": os.getloadavg() if hasattr(os, "getloadavg") else None,  # at the start, of 1, 5, 15 minutes
         "rounds": rounds,
         "warmup": warmup,
-        "comparisons": [],
     }
     chosen = [comparison for comparison in COMPARISONS if only in (None, comparison["shape"])]
+    kept = lines_to_keep(path, record, only)
     # Full fine-tuning has no LoRA dropout: once for each choice of layers is enough.
     methods = [["full", "ours", "peft"] if not c["lora_dropout"] else ["ours", "peft"] for c in chosen]
     total = (rounds + warmup) * sum(map(len, methods))
+    measured: list[dict[str, Any]] = []
     with tqdm(total=total, unit="step", disable=os.environ.get("LORA_EDU_PROGRESS") == "0") as bar:
         for comparison, names in zip(chosen, methods, strict=True):
             bar.set_description(f"{comparison['shape']} {comparison['adapted']}")
-            record["comparisons"].append(compare(comparison, names, rounds, warmup, quick, bar))
-            write(record, path)
+            measured.append(compare(comparison, names, rounds, warmup, quick, bar))
         bar.set_description("memory")
-        for line, sizes in zip(record["comparisons"], memory(chosen, methods, quick), strict=True):
+        for line, sizes in zip(measured, memory(chosen, methods, quick), strict=True):
             line["peak_memory"] = sizes
     record["seconds"] = round(time.perf_counter() - start, 1)
+    record["comparisons"] = sorted(measured + kept, key=lambda line: list(SHAPES).index(line["shape"]))
     write(record, path)
     print("\n".join(table(record)))
     print(f"wrote {path.relative_to(ROOT) if path.is_relative_to(ROOT) else path}")

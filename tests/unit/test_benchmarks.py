@@ -77,6 +77,18 @@ def test_peft_speed_runs_small(peft_speed, tmp_path, monkeypatch):
     assert found == [("q,v", 0.0, ["full", "ours", "peft"]), ("all-linear", 0.1, ["ours", "peft"])]
     assert "bert     q,v             0.0  ours / peft" in done.stdout
     assert done.stderr == ""
+    other = record["comparisons"][0] | {"shape": "smollm2"}
+    out.write_text(json.dumps(record | {"comparisons": [record["comparisons"][0], other]}))
+    monkeypatch.setattr(script("peft_speed"), "COMPARISONS", [first])
+    assert peft_speed("--quick", "--only", "bert", "--rounds", "2", "--out", str(out)).exit_code == 0
+    again = json.loads(out.read_text())
+    assert [line["shape"] for line in again["comparisons"]] == ["bert", "smollm2"]
+    assert again["comparisons"][1] == other
+    assert again["other_shapes"]["date"] == record["date"]
+    assert again["comparisons"][0]["seconds"] != record["comparisons"][0]["seconds"]
+    refused = peft_speed("--quick", "--only", "bert", "--rounds", "3", "--out", str(out))
+    assert refused.exit_code == 2
+    assert "other versions or settings" in refused.stderr.replace("\n", " ").replace("│", "")
 
 
 def test_different_work_is_refused(peft_speed):
