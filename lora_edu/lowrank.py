@@ -160,6 +160,68 @@ def subspace_similarity(A: Tensor, B: Tensor, i: int, j: int) -> float:
     return min(phi, 1.0)  # rounding may reach 1.0000001
 
 
+def amplification_factor(W: Tensor, delta: Tensor, r: int) -> float:
+    """How many times stronger ΔW is than W in the directions in which ΔW is strongest.
+
+    ‖ΔW‖_F / ‖Uᵀ W V‖_F, where U (m, r) and V (n, r) hold ΔW's top r singular vectors. Large: the update amplifies
+    directions that W has but does not stress. About 1 or below: it goes along directions that are already strong.
+
+    Args:
+        W: the pretrained weight, (m, n).
+        delta: the update, of the same shape, for instance ``layer.delta_weight()``.
+        r: how many of ΔW's directions to look at.
+
+    Raises:
+        ValueError: if the shapes differ, r is out of range, the update is zero, or W has nothing in its directions.
+
+    Source: Hu et al. 2021, section 7.3 and table 7. Used in lesson 10.
+    """
+    W, delta = _same_shape(W, delta, "delta")
+    U, _, Vh = truncated_svd(delta, r)
+    stressed = (U.T @ W @ Vh.T).norm()  # (r, m) · (m, n) · (n, r): how much of W lies in these directions
+    if not delta.any():
+        raise ValueError("delta is zero: an update that does nothing has no directions; was the adapter trained?")
+    if stressed == 0:
+        raise ValueError(f"W is zero in delta's top {r} directions, so there is nothing that could be amplified")
+    return (delta.norm() / stressed).item()
+
+
+def intruder_dimensions(W: Tensor, tuned: Tensor, top_k: int = 10, threshold: float = 0.5) -> int:
+    """How many of the tuned weight's top singular directions the pretrained weight does not know.
+
+    One of the ``top_k`` left singular vectors of ``tuned`` is an intruder if its cosine with every left singular
+    vector of ``W`` stays below ``threshold`` in size.
+
+    Args:
+        W: the pretrained weight, (m, n).
+        tuned: the weight after training, of the same shape, for instance ``layer.effective_weight()``.
+        top_k: how many of its directions to look at, from 1 to min(m, n).
+        threshold: below which cosine a direction counts as unknown, above 0 and at most 1.
+
+    Raises:
+        ValueError: if the shapes differ, or ``top_k`` or ``threshold`` is out of range.
+
+    Source: Shuttleworth et al. 2024, algorithm 1; PEFT's ``reduce_intruder_dimension`` has the same defaults.
+    Used in lesson 10.
+    """
+    W, tuned = _same_shape(W, tuned, "tuned")
+    top_k = _rank(top_k, min(W.shape), "top_k", f"min{tuple(W.shape)}")
+    if not 0 < threshold <= 1:
+        raise ValueError(f"threshold={threshold}: expected a cosine above 0 and at most 1 (the paper takes 0.5)")
+    U, _, _ = truncated_svd(tuned, top_k)
+    known, _, _ = torch.linalg.svd(W, full_matrices=False)
+    return int(((known.T @ U).abs().amax(dim=0) < threshold).sum())
+
+
+def _same_shape(W: Tensor, other: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """Both as matrices of one floating type; a shape that differs is an error that calls the other by its name."""
+    W, other = _matrix(W), _matrix(other, name)
+    if W.shape != other.shape:
+        raise ValueError(f"W is {tuple(W.shape)} and {name} {tuple(other.shape)}: both need the shape of one layer")
+    dtype = torch.promote_types(W.dtype, other.dtype)
+    return W.to(dtype), other.to(dtype)
+
+
 def _matrix(W: Tensor, name: str = "W") -> Tensor:
     if not isinstance(W, Tensor) or not W.is_floating_point():
         kind = W.dtype if isinstance(W, Tensor) else type(W).__name__

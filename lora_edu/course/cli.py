@@ -4,6 +4,7 @@ Imports stand inside the commands, so that --help does not wait for PyTorch.
 """
 
 import os
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -91,6 +92,32 @@ def count(
 
 for command in (memory, handout, grade, progress):
     app.command()(command)
+
+
+@app.command("full-run")
+@friendly
+def full_run(
+    name: Annotated[
+        str | None, typer.Argument(help="Which sweep; without it, they are listed with their cost.")
+    ] = None,
+    processes: Annotated[int, typer.Option(min=1, help="Runs at a time; six share a large GPU well.")] = 1,
+    minutes: Annotated[float | None, typer.Option(help="Begin no further run after so many minutes.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write and resume this file, not data/runs/NAME.json.")] = None,
+) -> None:
+    """Record a sweep of training runs, as lessons 07 and 10 plot them, or go on with one: the GPU path.
+
+    Every finished run is in the file at once. Stopped or killed, the same command goes on where it was.
+    """
+    from lora_edu.lab import full_runs
+
+    if name is not None:
+        console.print(full_runs.ending(full_runs.full_run(name, out, processes, minutes)))
+        return
+    for sweep in full_runs.SWEEPS:
+        cost = full_runs.cost(sweep)
+        size = f"{cost.runs:4} runs ({cost.recorded} recorded), {cost.steps:6,} steps"
+        console.print(f"{sweep:20} {size}, about {cost.hours:.1f} h on two cores", markup=False)
+    console.print("The hours are those of the training steps; evaluations come on top. A GPU takes a fraction of them.")
 
 
 @app.command()

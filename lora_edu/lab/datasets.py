@@ -72,24 +72,49 @@ def format_entry(entry: dict[str, Any]) -> tuple[str, str]:
     return prompt, f" {entry['definition']}"
 
 
+def format_chat(entry: dict[str, Any], tokenizer: Any) -> tuple[str, str]:
+    """The two halves of an entry for a chat model: the conversation up to the answer, and the answer.
+
+    The user says ``Define: politician, noun``; the tokenizer's own chat template writes what stands around it (for
+    SmolLM2 a system message and ``<|im_start|>``, ``<|im_end|>`` with the roles). Built in lesson 07.
+
+    Raises:
+        ValueError: if the tokenizer has no chat template, as that of a base model.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            "this tokenizer has no chat template: encode with chat=False, or take a chat model such as smollm2-135m"
+        )
+    request = ", ".join(filter(None, [f"Define: {entry['word']}", entry.get("pos")]))
+    messages = [{"role": "user", "content": request}]
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True), entry["definition"]
+
+
 def prompt_ids(prompt: str, tokenizer: Any) -> list[int]:
-    """Token ids of a prompt as the model sees it: ``<bos>`` (where the tokenizer has one) and the text."""
-    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    return start + tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    """Token ids of a prompt as the model sees it: ``<bos>`` (where the tokenizer has one) and the text.
+
+    A chat template usually writes ``<bos>`` itself; then no second one is put before it.
+    """
+    ids, bos = tokenizer(prompt, add_special_tokens=False)["input_ids"], tokenizer.bos_token_id
+    return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
 
 
-def encode(entries: Sequence[dict[str, Any]], tokenizer: Any, max_length: int = 64) -> list[dict[str, list[int]]]:
+def encode(
+    entries: Sequence[dict[str, Any]], tokenizer: Any, max_length: int = 64, chat: bool = False
+) -> list[dict[str, list[int]]]:
     """Turn entries into token ids and labels: bos + prompt + answer + eos.
 
     The labels are -100 on bos and prompt, so that the loss asks for the definition only, not for the headword.
     An entry longer than ``max_length`` tokens is cut there, and then has no eos: its end was never seen.
+    ``chat`` writes the prompt with the tokenizer's chat template (:func:`format_chat`), about 35 tokens in SmolLM2's.
 
     Raises:
-        ValueError: if an entry's prompt alone fills ``max_length`` (nothing would be left to learn).
+        ValueError: if an entry's prompt alone fills ``max_length`` (nothing would be left to learn), or ``chat`` is
+            asked of a tokenizer without a template.
     """
     rows = []
     for entry in entries:
-        prompt, answer = format_entry(entry)
+        prompt, answer = format_chat(entry, tokenizer) if chat else format_entry(entry)
         given = prompt_ids(prompt, tokenizer)
         if len(given) >= max_length:
             raise ValueError(
@@ -105,11 +130,38 @@ def encode(entries: Sequence[dict[str, Any]], tokenizer: Any, max_length: int = 
     return rows
 
 
-def collate(rows: Sequence[dict[str, list[int]]], pad_token_id: int) -> dict[str, Tensor]:
+def encode_topics(entries: Sequence[dict[str, Any]], tokenizer: Any, max_length: int = 32) -> list[dict[str, Any]]:
+    """Rows of ``wordnet_topics`` for a classifier: bos + definition, cut at ``max_length``, and one label per row.
+
+    There is no eos: a decoder's classification head reads the last token that is no padding, and SmolLM2 pads with eos.
+
+    Raises:
+        ValueError: if an entry has no label, or ``max_length`` leaves no room for a word.
+    """
+    if max_length < 2:
+        raise ValueError(f"max_length={max_length}: bos and at least one token of the definition need 2; raise it")
+    for entry in entries:
+        if "label" not in entry:
+            raise ValueError(f"the entry of {entry['word']!r} has no label: only wordnet_topics is for classification")
+    return [
+        {"input_ids": prompt_ids(entry["definition"], tokenizer)[:max_length], "labels": entry["label"]}
+        for entry in entries
+    ]
+
+
+def collate(rows: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, Tensor]:
     """Pad on the right to the longest row: ``input_ids``, ``attention_mask``, ``labels``, each (rows, longest).
 
-    Padding carries the label -100 and the mask 0, so it neither counts in the loss nor is attended to.
+    Padding carries the label -100 and the mask 0, so it neither counts in the loss nor is attended to. Rows whose
+    label is one number, a class, give ``labels`` of shape (rows,); for a decoder that classifies, ``pad_token_id`` must
+    be the one of the model's config, by which it finds each row's last token.
+
+    Raises:
+        ValueError: if some rows have one label and others one for each token.
     """
+    classes = [not isinstance(row["labels"], list) for row in rows]
+    if len(set(classes)) > 1:
+        raise ValueError("rows of encode (a list of labels each) and of encode_topics (one label) cannot share a batch")
     longest = max(len(row["input_ids"]) for row in rows)
 
     def padded(values: list[int], filler: int) -> list[int]:
@@ -118,5 +170,7 @@ def collate(rows: Sequence[dict[str, list[int]]], pad_token_id: int) -> dict[str
     return {
         "input_ids": torch.tensor([padded(row["input_ids"], pad_token_id) for row in rows]),
         "attention_mask": torch.tensor([padded([1] * len(row["input_ids"]), 0) for row in rows]),
-        "labels": torch.tensor([padded(row["labels"], IGNORED) for row in rows]),
+        "labels": torch.tensor(
+            [row["labels"] if one else padded(row["labels"], IGNORED) for row, one in zip(rows, classes, strict=True)]
+        ),
     }

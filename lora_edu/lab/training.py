@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from lora_edu.lab.datasets import IGNORED, collate, prompt_ids
 
-Row = dict[str, list[int]]  # one encoded entry: input_ids and labels
+Row = dict[str, Any]  # one encoded entry: input_ids, and labels (a list as long, or one class)
 
 
 @dataclass
@@ -61,7 +61,7 @@ def train(
     """Train what requires a gradient with AdamW, and return the losses on the way.
 
     Args:
-        model: a causal language model that returns ``.loss`` when it is given labels.
+        model: a language model or a classifier that returns ``.loss`` when it is given labels.
         data: encoded rows (see :func:`lora_edu.lab.datasets.encode`).
         steps: number of updates, each on ``batch_size`` rows; the rows are shuffled anew whenever all were used.
         learning_rate: rises linearly over ``warmup_steps``, then stays.
@@ -126,8 +126,13 @@ def train(
 def evaluate(model: nn.Module, data: Sequence[Row], batch_size: int = 32) -> float:
     """Mean loss per token in nats over all rows: every token counts the same, whatever batch it is in.
 
+    For a classifier's rows, with one label each, it is the mean loss per row.
+
     Rows of like length share a batch, so that little padding is computed. The model is evaluated in eval mode and left
     in the mode in which it came.
+
+    Raises:
+        ValueError: if there are no rows, or none asks for anything.
     """
     if not data:
         raise ValueError("no rows to evaluate on; data is empty")
@@ -136,12 +141,37 @@ def evaluate(model: nn.Module, data: Sequence[Row], batch_size: int = 32) -> flo
     by_length = sorted(data, key=lambda row: len(row["input_ids"]))
     for start in range(0, len(data), batch_size):
         batch = _collate(model, by_length[start : start + batch_size])
-        count = int((batch["labels"][:, 1:] != IGNORED).sum())  # the first token is never predicted
+        asked = batch["labels"][:, 1:] if batch["labels"].ndim == 2 else batch["labels"]
+        count = int((asked != IGNORED).sum())  # of a text, the first token is never predicted
         if count:
             total += model(**batch).loss.item() * count
             tokens += count
     model.train(was_training)
+    if not tokens:
+        raise ValueError("no token to evaluate on: every label is -100; was max_length so short that answers were cut?")
     return total / tokens
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, data: Sequence[Row], batch_size: int = 32) -> float:
+    """The share of rows whose class gets the largest logit, for a classifier and rows with one label each.
+
+    The model is evaluated in eval mode and left in the mode in which it came.
+
+    Raises:
+        ValueError: if there are no rows, or they are those of a language model, with a label for each token.
+    """
+    if not data:
+        raise ValueError("no rows to evaluate on; data is empty")
+    if isinstance(data[0]["labels"], list):
+        raise ValueError("accuracy is for rows with one label each (encode_topics); these have one for each token")
+    was_training, right = model.training, 0
+    model.eval()
+    for start in range(0, len(data), batch_size):
+        batch = _collate(model, data[start : start + batch_size])
+        right += int((model(**batch).logits.argmax(-1) == batch["labels"]).sum())
+    model.train(was_training)
+    return right / len(data)
 
 
 def generate(
@@ -247,6 +277,11 @@ def _batches(rows: int, batch_size: int, seed: int) -> Iterator[list[int]]:
 
 
 def _collate(model: nn.Module, rows: Sequence[Row]) -> dict[str, Tensor]:
-    """A padded batch on the model's device; what stands in the padding does not matter, it is masked."""
+    """A padded batch on the model's device, padded with the model's own pad token.
+
+    For a language model it does not matter what stands in the padding, it is masked. A decoder with a classification
+    head looks for the last token that is not its pad token: padded with another one, it would read the padding.
+    """
     device = next(model.parameters()).device
-    return {name: tensor.to(device) for name, tensor in collate(rows, pad_token_id=0).items()}
+    pad = max(0, getattr(getattr(model, "config", None), "pad_token_id", None) or 0)  # some configs say -1 for none
+    return {name: tensor.to(device) for name, tensor in collate(rows, pad).items()}

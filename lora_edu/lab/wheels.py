@@ -109,7 +109,11 @@ def _convert_gguf(file: Path, folder: Path, tensors_sha256: str) -> Path:
                 "transformers or gguf reads the file differently; install the versions of constraints.txt"
             )
         model.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(where, **options).save_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(where, **options)
+        # transformers 5.17 takes the begin mark for the end mark; the config has both as the file says.
+        tokenizer.bos_token = tokenizer.decode([settings["bos_token_id"]])
+        tokenizer.eos_token = tokenizer.decode([settings["eos_token_id"]])
+        tokenizer.save_pretrained(folder)
     return folder
 
 

@@ -25,6 +25,7 @@ COMMANDS = [
     ["test"],
     ["lab"],
     ["memory"],
+    ["full-run"],
     ["handout"],
     ["grade"],
     ["progress"],
@@ -56,6 +57,12 @@ def test_help(command):
         (["check", "98"], "no notebook '98' in exercises/"),
         (["test", "nothing"], "unknown part 'nothing'"),
         (["bases", "fetch", "nothing"], "nothing"),
+        (
+            ["full-run", "nothing"],
+            "unknown sweep 'nothing'; there are: smollm2_finetuning, smollm2_choices, tiny_choices",
+        ),
+        (["full-run", "tiny_choices", "--minutes", "0"], "minutes=0.0"),
+        (["full-run", "tiny_choices", "--out", "nowhere/file.json"], "no folder nowhere"),
         (["count", "llama-7b", "--r", "0"], "0"),
         (["count", "llama-7b", "--targets", "q_prok"], "q_prok"),
         (["count", "llama-7b", "--targets", "(unclosed"], "target_modules='(unclosed' is not a regular expression"),
@@ -92,6 +99,28 @@ def test_it_also_runs_as_a_module():
 
 def test_count():
     assert "4,194,304" in call("count", "llama-7b", "--r", "8", "--targets", "q_proj,v_proj").output
+
+
+def test_full_run_lists_what_there_is_and_what_it_costs():
+    result = call("full-run")
+    assert result.exit_code == 0
+    for name, runs in {"smollm2_finetuning": 55, "smollm2_choices": 274, "tiny_choices": 310}.items():
+        (line,) = [line for line in result.stdout.splitlines() if line.startswith(name)]
+        assert f"{runs} runs" in line
+        assert "recorded" in line
+        assert line.endswith(" h on two cores")
+
+
+@pytest.mark.parametrize(("complete", "words"), [(True, "complete"), (False, "the same command goes on")])
+def test_full_run_hands_its_options_on(monkeypatch, tmp_path, complete, words):
+    asked = []
+    monkeypatch.setattr("lora_edu.lab.full_runs.full_run", lambda *given: asked.append(given) or complete)
+    out = tmp_path / "out.json"
+    result = call("full-run", "tiny_choices", "--processes", "3", "--minutes", "1.5", "--out", str(out))
+    assert result.exit_code == 0
+    assert asked == [("tiny_choices", out, 3, 1.5)]
+    assert words in result.stdout
+    assert call("full-run", "tiny_choices", "--processes", "0").exit_code == 2
 
 
 @pytest.fixture
@@ -162,6 +191,14 @@ def test_doctor_reads_the_pinned_versions(tmp_path):
     (tmp_path / "c.txt").write_text("# note\ntorch==2.13.0\nhuggingface_hub==2.4.0\n")
     assert doctor.pinned(tmp_path / "c.txt") == {"torch": "2.13.0", "huggingface-hub": "2.4.0"}
     assert doctor.pinned(tmp_path / "none.txt") == {}
+
+
+def test_doctor_goes_on_without_a_data_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("LORA_EDU_DATA", str(tmp_path / "none"))
+    findings = {finding.what: finding for finding in doctor.examine(probe_seconds=0.05)}
+    assert findings["data"].state == "bad"
+    assert "LORA_EDU_DATA" in findings["data"].words
+    assert {"speed", "torch"} <= findings.keys()
 
 
 def test_doctor_says_what_differs(monkeypatch):

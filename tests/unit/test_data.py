@@ -14,8 +14,19 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from lora_edu.lab.bases import data_path
-from lora_edu.lab.datasets import DATASETS, SPLITS, TEXTS, collate, encode, format_entry, load_dataset
+from lora_edu.lab.bases import data_path, list_bases
+from lora_edu.lab.datasets import (
+    DATASETS,
+    SPLITS,
+    TEXTS,
+    collate,
+    encode,
+    encode_topics,
+    format_chat,
+    format_entry,
+    load_dataset,
+    prompt_ids,
+)
 
 DEVIL = "devils_dictionary"
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -125,6 +136,20 @@ def test_checksums_of_the_readme_match():
         assert hashlib.sha256((REPOSITORY / "data" / name).read_bytes()).hexdigest() == listed[name], name
 
 
+def test_every_run_and_adapter_is_in_the_readme_as_it_is():
+    data = REPOSITORY / "data"
+    readme = (data / "README.md").read_text(encoding="utf-8")
+    sums = set(re.findall(r"[0-9a-f]{64}", readme))
+    for path in [*data.glob("runs/*.json"), *data.glob("adapters/*/*")]:
+        assert hashlib.sha256(path.read_bytes()).hexdigest() in sums, path.name
+    rows = re.findall(r"^\| `([^`]+)` \| `([0-9a-f]{64})` \| ([\d,]+) \|", readme, flags=re.MULTILINE)
+    assert len(rows) > 30
+    for name, sha256, size in rows:
+        content = (data / name).read_bytes()
+        assert hashlib.sha256(content).hexdigest() == sha256, name
+        assert f"{len(content):,}" == size, name
+
+
 @pytest.mark.parametrize("name", TEXTS)
 def test_files_carry_no_time_stamp(name):
     assert data_path("texts", f"{name}.jsonl.gz").read_bytes()[4:8] == b"\0\0\0\0"
@@ -175,6 +200,93 @@ def test_encode_cuts_long_entries_and_refuses_long_prompts(tokenizer):
         encode([entry], tokenizer, max_length=3)
 
 
+BOS_FIRST = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+NO_BOS = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+ANSWERING = "{% if add_generation_prompt %}assistant: {% endif %}"
+
+
+def chat_tokenizer(name):
+    """tiny's tokenizer with a template of our own, or SmolLM2's with its own."""
+    if name != "smollm2-135m":
+        made = AutoTokenizer.from_pretrained(data_path("tiny"))
+        made.chat_template = {"bos first": BOS_FIRST, "no bos": NO_BOS}[name] + ANSWERING
+        return made
+    (base,) = [base for base in list_bases() if base.name == name]
+    if not base.present:
+        pytest.skip("smollm2-135m is not on this machine")
+    return AutoTokenizer.from_pretrained(base.path)
+
+
+@pytest.mark.parametrize("name", ["bos first", "smollm2-135m"])
+@pytest.mark.parametrize("split", SPLITS)
+def test_chat_rows_are_the_tokenizers_own_ids(name, split):
+    tokenizer = chat_tokenizer(name)
+    entries = load_dataset(DEVIL, split)
+    rows = encode(entries, tokenizer, max_length=1000, chat=True)
+    for entry, row in zip(entries, rows, strict=True):
+        request = f"Define: {entry['word']}, {entry['pos']}" if entry["pos"] else f"Define: {entry['word']}"
+        asked = [{"role": "user", "content": request}]
+        given = tokenizer.apply_chat_template(asked, tokenize=True, add_generation_prompt=True)["input_ids"]
+        answered = [*asked, {"role": "assistant", "content": entry["definition"]}]
+        whole = tokenizer.apply_chat_template(answered, tokenize=True)["input_ids"]
+        n = len(row["input_ids"])
+        assert row["input_ids"][: len(given)] == given
+        assert row["labels"] == [-100] * len(given) + row["input_ids"][len(given) :]
+        assert row["input_ids"][-1] == tokenizer.eos_token_id
+        if name == "smollm2-135m":  # its template ends the answer with <|im_end|>, its eos, and a line break
+            assert row["input_ids"] == whole[:n]
+            assert tokenizer.decode(whole[n:]) == "\n"
+
+
+@pytest.mark.parametrize("name", ["bos first", "no bos", "smollm2-135m"])
+def test_a_chat_prompt_starts_with_one_bos(name):
+    tokenizer = chat_tokenizer(name)
+    entry = {"word": "politician", "pos": "noun", "definition": "a leader"}
+    prompt, answer = format_chat(entry, tokenizer)
+    ids = prompt_ids(prompt, tokenizer)
+    assert ids[0] == tokenizer.bos_token_id != ids[1]
+    assert answer == "a leader"
+    assert "Define: politician, noun" in tokenizer.decode(ids)
+    assert "Define: politician<" in format_chat({**entry, "pos": ""}, tokenizer)[0]
+    assert encode([entry], tokenizer, chat=True)[0]["input_ids"][: len(ids)] == ids
+    assert prompt_ids("politician", tokenizer)[0] == tokenizer.bos_token_id
+    with pytest.raises(ValueError, match="max_length=5: the prompt"):
+        encode([entry], tokenizer, max_length=5, chat=True)
+
+
+def test_a_tokenizer_without_bos_gets_none(tokenizer):
+    plain = AutoTokenizer.from_pretrained(data_path("tiny"))
+    plain.bos_token = None
+    assert prompt_ids("politician", plain) == prompt_ids("politician", tokenizer)[1:]
+
+
+@pytest.mark.errors
+def test_chat_needs_a_template(tokenizer):
+    entry = {"word": "politician", "pos": "noun", "definition": "a leader"}
+    for ask in (lambda: format_chat(entry, tokenizer), lambda: encode([entry], tokenizer, chat=True)):
+        with pytest.raises(ValueError, match=r"no chat template: encode with chat=False, or take .* smollm2-135m"):
+            ask()
+
+
+def test_encode_topics(tokenizer):
+    entries = load_dataset("wordnet_topics", "test")
+    rows = encode_topics(entries, tokenizer, max_length=9)
+    assert [row["labels"] for row in rows] == [entry["label"] for entry in entries]
+    for entry, row in zip(entries, rows, strict=True):
+        whole = [tokenizer.bos_token_id, *tokenizer(entry["definition"], add_special_tokens=False)["input_ids"]]
+        assert row["input_ids"] == whole[:9]
+    assert {len(row["input_ids"]) for row in rows} > {9}
+    assert max(len(row["input_ids"]) for row in encode_topics(entries, tokenizer)) == 32
+
+
+@pytest.mark.errors
+def test_encode_topics_needs_labels_and_room(tokenizer):
+    with pytest.raises(ValueError, match=r"the entry of '.+' has no label: only wordnet_topics"):
+        encode_topics(load_dataset(DEVIL, "test"), tokenizer)
+    with pytest.raises(ValueError, match="max_length=1"):
+        encode_topics(load_dataset("wordnet_topics", "test"), tokenizer, max_length=1)
+
+
 def test_no_text_has_bytes_that_the_tokenizer_leaves_single(tokenizer):
     rows = load_dataset("jargon", "test") + load_dataset("devils_dictionary", "test")
     words = [len(row["definition"].split()) for row in rows]
@@ -190,6 +302,15 @@ def test_collate_pads_on_the_right_and_masks_the_padding():
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
     assert batch["labels"].tolist() == [[-100, 5, 2], [-100, 2, -100]]
     assert batch["input_ids"].dtype == torch.int64
+
+
+def test_collate_takes_one_label_per_row():
+    batch = collate([{"input_ids": [1, 5, 2], "labels": 3}, {"input_ids": [1], "labels": 0}], pad_token_id=9)
+    assert batch["labels"].tolist() == [3, 0]
+    assert batch["labels"].dtype == torch.int64
+    assert batch["input_ids"].tolist() == [[1, 5, 2], [1, 9, 9]]
+    with pytest.raises(ValueError, match="cannot share a batch"):
+        collate([{"input_ids": [1, 5], "labels": [1, 5]}, {"input_ids": [1], "labels": 0}], pad_token_id=9)
 
 
 @pytest.mark.errors

@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from lora_edu.lowrank import (
+    amplification_factor,
     eckart_young_error,
     effective_rank,
     energy_rank,
+    intruder_dimensions,
     low_rank_approximation,
     singular_values,
     stable_rank,
@@ -178,6 +180,107 @@ def test_rank_out_of_range(r):
 def test_not_a_finite_matrix(W, says):
     with pytest.raises(ValueError, match=says):
         truncated_svd(W, 1)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_amplification_factor_is_numpys(shape):
+    W, delta = draw(shape, seed=3), draw(shape, seed=4)
+    u, _, vh = np.linalg.svd(delta.numpy())
+    for r in range(1, min(shape) + 1):
+        inside = sum((u[:, i] @ W.numpy() @ vh[j]) ** 2 for i in range(r) for j in range(r)) ** 0.5
+        assert amplification_factor(W, delta, r) == pytest.approx(np.linalg.norm(delta) / inside, rel=1e-9)
+
+
+def test_amplification_factor_in_closed_form():
+    """An update along W's own k-th directions, c times as long, amplifies by c / σ_k: the weaker, the more."""
+    sigma = [8.0, 4.0, 2.0, 0.5]
+    U, V = orthonormal(9, 4, seed=5), orthonormal(7, 4, seed=6)
+    W = torch.from_numpy(U * np.array(sigma) @ V.T)
+    for k, value in enumerate(sigma):
+        delta = torch.from_numpy(3 * np.outer(U[:, k], V[:, k]))
+        assert amplification_factor(W, delta, 1) == pytest.approx(3 / value, rel=1e-9)
+        assert amplification_factor(W, -10 * delta, 1) == pytest.approx(30 / value, rel=1e-9)
+    both = torch.from_numpy(U[:, 2:] @ V[:, 2:].T)
+    assert amplification_factor(W, both, 2) == pytest.approx((2 / (2.0**2 + 0.5**2)) ** 0.5, rel=1e-9)
+    assert amplification_factor(W.half(), both, 2) == pytest.approx(amplification_factor(W, both.float(), 2), rel=1e-2)
+
+
+def numpys_intruders(W, tuned, top_k, threshold):
+    known = np.linalg.svd(W.numpy(), full_matrices=False)[0].T
+    new = np.linalg.svd(tuned.numpy(), full_matrices=False)[0].T[:top_k]
+    return sum(max(abs(float(u @ v)) for v in known) < threshold for u in new)
+
+
+@pytest.mark.parametrize("shape", [(20, 20), (16, 40), (40, 16)])
+def test_intruder_dimensions_are_numpys(shape):
+    W, found = draw(shape, seed=7), []
+    for scale in (0.0, 0.1, 1.0, 10.0):
+        tuned = W + scale * draw((shape[0], 2), seed=8) @ draw((2, shape[1]), seed=9)
+        for top_k, threshold in ((1, 0.5), (5, 0.7), (10, 0.5), (16, 0.9)):
+            found.append(intruder_dimensions(W, tuned, top_k, threshold))
+            assert found[-1] == numpys_intruders(W, tuned, top_k, threshold)
+    assert found[:4] == [0, 0, 0, 0]  # what did not move holds nothing new
+    assert max(found) > 2
+
+
+def test_a_direction_made_of_many_known_ones_is_an_intruder():
+    sigma = np.linspace(2, 1, 16)
+    U, V = orthonormal(16, 16, seed=10), orthonormal(16, 16, seed=11)
+    W = torch.from_numpy(U * sigma @ V.T)
+    mixed = torch.from_numpy(np.outer(U.mean(axis=1) * 4, V.mean(axis=1) * 4))  # a cosine of 1/4 with every direction
+    assert intruder_dimensions(W, W + 100 * mixed, top_k=1, threshold=0.26) == 1
+    assert intruder_dimensions(W, W + 100 * mixed, top_k=1, threshold=0.24) == 0
+    assert intruder_dimensions(W, W + 100 * torch.from_numpy(np.outer(U[:, 3], V[:, 3])), top_k=1) == 0
+    assert intruder_dimensions(W, W - 3 * W) == 0  # a sign is no new direction
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("options", [{}, {"top_k": 4}, {"threshold_epsilon": 0.8}])
+def test_intruder_dimensions_are_pefts(options):
+    from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora.intruders import reduce_intruder_dimension
+
+    torch.manual_seed(0)
+    model = get_peft_model(
+        torch.nn.Sequential(*[torch.nn.Linear(30, 30) for _ in range(6)], torch.nn.Linear(30, 18)),
+        LoraConfig(r=3, lora_alpha=6, target_modules=[str(i) for i in range(7)], init_lora_weights=False),
+    )
+    layers = {name: layer for name, layer in model.named_modules() if hasattr(layer, "get_delta_weight")}
+    for scale, layer in zip((0, 0.3, 1, 3, 10, 30, 3), layers.values(), strict=True):
+        layer.lora_B["default"].weight.data *= scale
+    mine = {"top_k": options.get("top_k", 10), "threshold": options.get("threshold_epsilon", 0.5)}
+    ours = {
+        name: intruder_dimensions(layer.weight, layer.weight + layer.get_delta_weight("default"), **mine)
+        for name, layer in layers.items()
+    }
+    said = []
+    reduce_intruder_dimension(model, logging_sink=said.append, **options)
+    counts = {line.split(": ")[0]: line.split(": ")[-1] for line in said if ": " in line}
+    assert {name: 0 if text == "No intruders" else int(text) for name, text in counts.items()} == ours
+    assert len(set(ours.values())) > 1
+    assert 0 in ours.values()
+
+
+@pytest.mark.errors
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda: amplification_factor(torch.eye(3), torch.eye(4), 1), r"W is \(3, 3\) and delta \(4, 4\)"),
+        (lambda: amplification_factor(torch.eye(3), torch.eye(3), 4), "r=4"),
+        (lambda: amplification_factor(torch.eye(3), torch.zeros(3, 3), 1), "delta is zero.*was the adapter trained"),
+        (lambda: amplification_factor(torch.zeros(3, 3), torch.eye(3), 1), "W is zero in delta's top 1"),
+        (lambda: amplification_factor(torch.eye(3), torch.full((3, 3), math.nan), 1), "delta holds NaN"),
+        (lambda: intruder_dimensions(torch.eye(12), torch.ones(12, 13)), r"W is \(12, 12\) and tuned \(12, 13\)"),
+        (lambda: intruder_dimensions(torch.eye(3), torch.eye(3)), r"top_k=10: .* from 1 to 3"),
+        (lambda: intruder_dimensions(torch.eye(3), torch.eye(3), 0), "top_k=0"),
+        (lambda: intruder_dimensions(torch.eye(3), torch.eye(3), 2, 0.0), "threshold=0.0"),
+        (lambda: intruder_dimensions(torch.eye(3), torch.eye(3), 2, 1.5), "threshold=1.5"),
+        (lambda: intruder_dimensions(torch.eye(3), torch.eye(3), 2, math.nan), "threshold=nan"),
+    ],
+)
+def test_bad_input_to_comparing_two_weights(call, says):
+    with pytest.raises(ValueError, match=says):
+        call()
 
 
 @pytest.mark.errors

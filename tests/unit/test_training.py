@@ -1,15 +1,17 @@
-"""The training loop: what trains, repeatability, early stopping, evaluation by token, generation."""
+"""The training loop: what trains, repeatability, early stopping, evaluation by token and by row, generation."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import LoraConfig as PeftConfig
 from peft import get_peft_model
 from torch import nn
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from lora_edu.lab.bases import data_path
 from lora_edu.lab.datasets import encode, load_dataset
-from lora_edu.lab.training import _batches, evaluate, generate, set_seed, train
+from lora_edu.lab.training import _batches, accuracy, evaluate, generate, set_seed, train
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +156,82 @@ def test_the_first_token_is_never_predicted(model):
     tokens = [nn.functional.cross_entropy(z[:-1], torch.tensor(row["input_ids"][1:]), reduction="none")
               for z, row in zip(logits, rows, strict=True)]  # fmt: skip
     assert evaluate(model, rows, batch_size=1) == pytest.approx(torch.cat(tokens).mean().item(), rel=1e-5)
+
+
+class Given(nn.Module):
+    """A classifier whose logits are known: row i, whose tokens are all i, gets the i-th line."""
+
+    def __init__(self, logits: torch.Tensor):
+        super().__init__()
+        self.logits = nn.Parameter(logits)
+
+    def forward(self, input_ids, attention_mask, labels):
+        logits = self.logits[input_ids[:, 0]]
+        return SimpleNamespace(logits=logits, loss=nn.functional.cross_entropy(logits, labels))
+
+
+def classified(labels: list[int]) -> list[dict]:
+    return [{"input_ids": [i] * (1 + i % 3), "labels": label} for i, label in enumerate(labels)]
+
+
+def test_accuracy_counts_the_largest_logits():
+    logits = torch.tensor([[3.0, 1, 2], [0, 0.1, 0], [-1, -3, -2], [0, 0, 9], [5, 4, 3]])
+    assert accuracy(Given(logits), classified([0, 1, 0, 2, 0])) == 1
+    assert accuracy(Given(logits), classified([0, 1, 2, 1, 0])) == 0.6
+    assert accuracy(Given(logits), classified([1, 0, 2, 1, 2])) == 0
+    assert accuracy(Given(logits), classified([0, 1, 2, 1, 0]), batch_size=2) == 0.6
+
+
+def test_a_classifiers_loss_is_the_mean_over_rows():
+    torch.manual_seed(1)
+    logits, labels = torch.randn(7, 4), [3, 0, 1, 1, 2, 0, 3]
+    expected = nn.functional.cross_entropy(logits, torch.tensor(labels)).item()
+    for batch_size in (1, 3, 32):  # the last batch is smaller, and must not weigh more
+        assert evaluate(Given(logits), classified(labels), batch_size) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.fixture(params=[0, 7, None])
+def classifier(request):
+    """A Llama that classifies; 7 is a pad token as SmolLM2's, which is not 0. None: it has none, so one row a batch."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=64, pad_token_id=request.param, bos_token_id=1, num_labels=3, **sizes)
+    return LlamaForSequenceClassification(config).eval()
+
+
+def test_padding_does_not_matter_to_a_classifier(classifier):
+    """It reads each row's last token, which it finds by its own pad token."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = [2, 9, 5, 3, 8, 6]
+    rows = [{"input_ids": torch.randint(8, 64, (n,), generator=generator).tolist(), "labels": n % 3} for n in lengths]
+    with torch.no_grad():
+        alone = torch.cat([classifier(torch.tensor([row["input_ids"]])).logits for row in rows])
+    labels = torch.tensor([row["labels"] for row in rows])
+    size = 1 if classifier.config.pad_token_id is None else 6
+    expected = nn.functional.cross_entropy(alone, labels).item()
+    assert evaluate(classifier, rows, size) == pytest.approx(expected, rel=1e-5)
+    assert accuracy(classifier, rows, size) == (alone.argmax(-1) == labels).float().mean().item()
+
+
+def test_a_classifier_trains_and_keeps_its_mode(classifier):
+    rows = [{"input_ids": [1, 10 + i % 3, 20], "labels": i % 3} for i in range(12)]
+    size = 1 if classifier.config.pad_token_id is None else 6
+    history = train(classifier, rows, steps=60, learning_rate=1e-2, batch_size=size, eval_data=rows[:size])
+    assert history.eval_loss["held-out"][-1] < 0.1 < history.eval_loss["held-out"][0]
+    assert accuracy(classifier, rows, size) == 1
+    classifier.train()
+    accuracy(classifier, rows[:1])
+    assert classifier.training
+
+
+@pytest.mark.errors
+def test_nothing_to_evaluate(model, rows):
+    with pytest.raises(ValueError, match="no rows to evaluate on"):
+        accuracy(model, [])
+    with pytest.raises(ValueError, match=r"accuracy is for rows with one label each \(encode_topics\)"):
+        accuracy(model, rows)
+    with pytest.raises(ValueError, match="every label is -100"):
+        evaluate(model, [{"input_ids": [1, 5, 6], "labels": [-100] * 3}])
 
 
 def test_gradients_are_clipped_before_the_update(model, rows, monkeypatch):

@@ -1,0 +1,137 @@
+"""Reading the recorded runs in ``data/runs/``: pick them by their settings, average over seeds, say where they ran.
+
+The sweeps are made by ``lora_edu/lab/full_runs.py``. Lessons 07 and 10 plot them.
+"""
+
+import json
+import platform
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable
+from datetime import date
+from importlib.metadata import version
+from typing import Any, NamedTuple
+
+import torch
+
+from lora_edu.lab.bases import data_path
+
+
+class Spread(NamedTuple):
+    """What several seeds gave: the mean, the standard deviation (of a sample, so divided by n - 1), and how many."""
+
+    mean: float
+    sd: float
+    n: int
+
+
+def read_record(name: str) -> dict[str, Any]:
+    """A record of a sweep: ``machines`` (where), ``defaults`` and ``runs``, each with its ``job`` and its results.
+
+    Every job comes back complete: what it does not name stands in ``defaults``.
+
+    Raises:
+        FileNotFoundError: if there is no such record; the sentence lists those that there are.
+        ValueError: if the file of that name is no record of a sweep.
+    """
+    path = data_path("runs", f"{name}.json")
+    if not path.exists():
+        there = ", ".join(sorted(each.stem for each in path.parent.glob("*.json")))
+        raise FileNotFoundError(f"no record {name!r} in data/runs; there are: {there}")
+    record = json.loads(path.read_text(encoding="utf-8"))
+    if not {"machines", "defaults", "runs"} <= record.keys():
+        raise ValueError(
+            f"data/runs/{name}.json is no record of a sweep, it has {', '.join(record)}: read it with json"
+        )
+    for line in record["runs"]:
+        line["job"] = record["defaults"] | line["job"]
+    return record
+
+
+def pick(record: dict[str, Any], **settings: Any) -> list[dict[str, Any]]:
+    """The runs whose jobs have these settings, for instance ``pick(record, part="rank", r=8)``.
+
+    Raises:
+        ValueError: if there is none: a mean over nothing would hide a typing error. It says what was recorded.
+    """
+    wanted = {name: _hashable(value) for name, value in settings.items()}
+    found = [
+        line
+        for line in record["runs"]
+        if all(name in line["job"] and _hashable(line["job"][name]) == value for name, value in wanted.items())
+    ]
+    if not found:
+        there = "; ".join(_values(record["runs"], name) for name in settings) or "the record is empty"
+        raise ValueError(f"no recorded run with {settings}: {there}")
+    return found
+
+
+def spread(values: Iterable[float]) -> Spread:
+    """Mean, standard deviation and number of values (one value has no spread: 0).
+
+    Raises:
+        ValueError: if there are none.
+    """
+    values = list(values)
+    if not values:
+        raise ValueError("no values: there is no mean of nothing")
+    return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0, len(values))
+
+
+def by(record: dict[str, Any], *names: str, metric: str = "test", **settings: Any) -> dict[Any, Spread]:
+    """A result averaged over what is not named, usually the seeds.
+
+    ``by(record, "r", "learning_rate", part="rank")`` → ``{(1, 0.001): Spread(mean, sd, n), …}``; with one name the
+    keys are its values alone.
+
+    Raises:
+        ValueError: if no run has these settings, none names what to group by, or one has no such result.
+    """
+    groups = defaultdict(list)
+    runs = pick(record, **settings)
+    for name in names:
+        if not any(name in line["job"] for line in runs):
+            there = ", ".join(sorted(set().union(*(line["job"] for line in runs))))
+            raise ValueError(f"no job here has {name!r}; they have {there}")
+    for line in runs:
+        if metric not in line:
+            there = ", ".join(key for key in line if key not in ("job", "machine"))
+            raise ValueError(
+                f"a run of part {line['job'].get('part')!r} has no {metric!r}, it has {there}: name a part"
+            )
+        key = tuple(_hashable(line["job"].get(name)) for name in names)
+        groups[key[0] if len(names) == 1 else key].append(line[metric])
+    return {key: spread(values) for key, values in groups.items()}
+
+
+def described(record: dict[str, Any]) -> str:
+    """Where and when a record was made, in one line for a caption."""
+    machines = [
+        f"{each['hardware']}, {each['precision']}, torch {each['versions']['torch']}, {each['date']}"
+        for each in record["machines"]
+    ]
+    return "; ".join(machines)
+
+
+def surroundings(precision: str) -> dict[str, Any]:
+    """What a figure may depend on besides its settings: hardware, precision, date, versions."""
+    cuda = torch.cuda.is_available()
+    where = torch.cuda.get_device_name() if cuda else f"CPU, {torch.backends.cpu.get_cpu_capability()}"
+    return {
+        "hardware": f"{where}, {platform.machine()}",
+        "precision": precision,
+        "date": date.today().isoformat(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__.split("+")[0]}
+        | {name: version(name) for name in ("transformers", "accelerate")},
+    }
+
+
+def _values(runs: list[dict[str, Any]], name: str) -> str:
+    """What the jobs have for one setting, in words."""
+    values = sorted({repr(_hashable(line["job"][name])) for line in runs if name in line["job"]})
+    return f"{name} is one of {', '.join(values)}" if values else f"no job has {name!r}"
+
+
+def _hashable(value: Any) -> Any:
+    """Lists of names, as ``targets``, as one name: they become keys. A tuple is the same as a list, as in a file."""
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else value

@@ -1,0 +1,99 @@
+"""Which runs the recorded sweeps of lessons 07 and 10 are made of. ``lora_edu/lab/full_runs.py`` does them."""
+
+from collections.abc import Iterator
+from itertools import product
+from typing import Any
+
+Job = dict[str, Any]
+SEEDS = (0, 1, 2)
+RULES = {  # three ways to set alpha; all give the scale 2 at r = 8
+    "alpha / r": lambda r: {"lora_alpha": 16},
+    "alpha = 2r": lambda r: {"lora_alpha": 2 * r},
+    "rsLoRA": lambda r: {"lora_alpha": 2 * 8**0.5, "use_rslora": True},
+}
+TARGETS: dict[str, Any] = {
+    "q, v": ["q_proj", "v_proj"],
+    "q, k, v, o": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "gate, up, down": ["gate_proj", "up_proj", "down_proj"],
+    "all-linear": "all-linear",
+}
+# Ranks that train as many numbers as r = 8 on all linear layers: the same for tiny to 1 %, for SmolLM2 to 7 %.
+SAME_BUDGET = {
+    "tiny": {"q, v": 34, "q, k, v, o": 17, "gate, up, down": 15, "all-linear": 8},
+    "smollm2-135m": {"q, v": 42, "q, k, v, o": 22, "gate, up, down": 12, "all-linear": 8},
+}
+
+
+def jobs(name: str) -> list[Job]:
+    """Every run of a sweep, the ones that matter most first.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    if name not in SWEEPS:
+        raise ValueError(f"unknown sweep {name!r}; there are: {', '.join(SWEEPS)}")
+    return [{"part": part} | job for part, job in SWEEPS[name]()]
+
+
+def _finetuning() -> Iterator[tuple[str, Job]]:
+    """Lesson 07: full fine-tuning against LoRA, each over its learning rates, five seeds, with curves."""
+    common = {"base": "smollm2-135m", "steps": 120, "eval_every": 10, "forgetting": True}
+    rates = {"full": (1e-5, 2e-5, 5e-5, 1e-4, 2e-4), "lora": (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3)}
+    for seed in (*SEEDS, 3, 4):
+        for method, learning_rates in rates.items():
+            for rate in learning_rates:
+                yield "methods", common | {"method": method, "learning_rate": rate, "seed": seed}
+
+
+def _choices(
+    base: str, task: str, steps: int, rates: tuple[float, ...], full_rates: tuple[float, ...]
+) -> Iterator[tuple[str, Job]]:
+    """Lesson 10: one choice at a time, each at several learning rates."""
+    common: Job = {"base": base, "task": task, "steps": steps}
+    looked_at = {"ranks": (8, 64), "seeds": (0, 1), "learning_rate": rates[1], "full_rate": full_rates[1]}
+    yield "inside", common | looked_at
+    for seed in SEEDS:
+        for (rule, alpha), r, rate in product(RULES.items(), (1, 4, 16, 64), rates):
+            yield "rank", common | {"rule": rule, "r": r, "learning_rate": rate, "seed": seed} | alpha(r)
+    for seed in SEEDS:
+        for (name, targets), rate in product(TARGETS.items(), rates):
+            r = SAME_BUDGET[base][name]
+            placed = {"targets": targets, "r": r, "lora_alpha": 2 * r}  # the scale is 2 for all: only the place differs
+            yield "targets", common | placed | {"learning_rate": rate, "seed": seed}
+    for seed in SEEDS:
+        for r, rate in product((1, 4, 16, 64), rates[:2]):
+            topics = {"base": base, "task": "wordnet_topics", "steps": 2 * steps, "batch_size": 16}
+            yield "topics", topics | {"r": r, "learning_rate": rate, "seed": seed}
+    for seed in SEEDS:
+        for size, method in product((4, 8, 32), ("lora", "full")):
+            for rate in rates if method == "lora" else full_rates:
+                sized = {"batch_size": size, "steps": steps * 8 // size}
+                yield "batch", common | sized | {"method": method, "learning_rate": rate, "seed": seed}
+    for seed in SEEDS:
+        for rows, r in product((64, 256, None), (1, 8, 64)):
+            long = {"steps": 2 * steps, "eval_every": steps // 4, "learning_rate": rates[1]}
+            yield "data", common | long | {"rows": rows, "r": r, "seed": seed}
+    for seed in SEEDS:
+        for r, dropout in product((8, 64), (0.0, 0.05, 0.1, 0.3)):
+            long = {"steps": 2 * steps, "eval_every": steps // 4, "learning_rate": rates[1], "rows": 256}
+            yield "dropout", common | long | {"r": r, "lora_dropout": dropout, "seed": seed}
+
+
+def _tiny_choices() -> Iterator[tuple[str, Job]]:
+    for seed in SEEDS:
+        for rate in (5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2):
+            yield "rate", {"task": "jargon", "learning_rate": rate, "seed": seed}
+        for rate in (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3):
+            yield "rate", {"task": "jargon", "method": "full", "learning_rate": rate, "seed": seed}
+    yield from _choices("tiny", "jargon", 60, (1e-3, 3e-3, 1e-2), (2e-4, 5e-4, 1e-3))
+
+
+def _smollm2_choices() -> Iterator[tuple[str, Job]]:
+    yield from _choices("smollm2-135m", "devils_dictionary", 80, (2e-4, 7e-4, 2e-3), (2e-5, 5e-5, 1e-4))
+
+
+SWEEPS = {
+    "smollm2_finetuning": _finetuning,
+    "smollm2_choices": _smollm2_choices,
+    "tiny_choices": _tiny_choices,
+}
