@@ -1,0 +1,481 @@
+"""The checks of lesson 07 pass the solutions, leave stubs alone, and name the mistake in plausible wrong answers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from found import assert_found
+from lora_edu.course import checks
+from lora_edu.course.checks import lesson_07_chat
+from lora_edu.lab.bases import BaseMissing
+from lora_edu.lab.datasets import encode
+
+pytestmark = pytest.mark.graders
+NOTEBOOK = "07_fine_tuning_a_real_model"
+OFF = -100
+
+
+def labels(
+    prompt: Callable[[list[int]], list[int]] = lambda p: [OFF] * len(p),
+    answer: Callable[[list[int]], list[int]] = list,
+    end: bool = True,
+    padding: int | None = OFF,
+) -> Callable[..., list[int]]:
+    """An answer to A1 from its four parts."""
+
+    def write(p: list[int], a: list[int], eos: int, length: int) -> list[int]:
+        rest = length - len(p) - len(a) - 1
+        return [*prompt(p), *answer(a), eos if end else OFF, *[eos if padding is None else padding] * rest]
+
+    return write
+
+
+def shifted(p: list[int], a: list[int], eos: int, length: int) -> list[int]:
+    return [*labels()(p, a, eos, length)[1:], OFF]
+
+
+def by_value(p: list[int], a: list[int], eos: int, length: int) -> list[int]:
+    return [OFF if id in p else id for id in labels()(p, a, eos, length)]
+
+
+def end_by_value(p: list[int], a: list[int], eos: int, length: int) -> list[int]:
+    row = [*p, *a, *[eos] * (length - len(p) - len(a))]
+    return [OFF if i < len(p) or id == eos else id for i, id in enumerate(row)]
+
+
+def in_place(p: list[int], a: list[int], eos: int, length: int) -> list[int]:
+    a += [eos]
+    return [OFF] * len(p) + a + [OFF] * (length - len(p) - len(a))
+
+
+ANSWER_LABELS = {
+    "prompt not masked": (labels(list), "prompt, answer", "the prompt counts in the loss"),
+    "shifted by one": (shifted, "prompt, answer", "does that shift itself"),
+    "shifted the other way": (lambda *g: [OFF, *labels()(*g)[:-1]], "prompt, answer", "one place late"),
+    "the end masked": (labels(end=False), "prompt, answer", "never learns to stop"),
+    "the end masked with the padding": (end_by_value, "prompt, answer", "never learns to stop"),
+    "the end forgotten": (
+        lambda p, a, eos, n: [OFF] * len(p) + a + [OFF] * (n - len(p) - len(a) - 1),
+        "prompt, answer",
+        "expected a list of",
+    ),
+    "the prompt's last token counts": (
+        labels(lambda p: [*[OFF] * (len(p) - 1), p[-1]]),
+        "prompt, answer",
+        "last token of the prompt counts",
+    ),
+    "the answer's first token does not": (labels(answer=lambda a: [OFF, *a[1:]]), "prompt, answer", "first token of"),
+    "everything masked": (lambda p, a, eos, n: [OFF] * n, "prompt, answer", "no label is left"),
+    "0 instead of -100": (labels(lambda p: [0] * len(p), padding=0), "prompt, answer", "0 is the id of a token"),
+    "-1 instead of -100": (labels(lambda p: [-1] * len(p), padding=-1), "prompt, answer", "-1 is not the label"),
+    "padding counts": (labels(padding=None), "with padding", "the padding counts"),
+    "no padding": (lambda p, a, eos, n: [OFF] * len(p) + [*a, eos], "with padding", "expected a list of"),
+    "masked by value": (by_value, "prompt and answer", "left out that the prompt has"),
+    "a tensor": (lambda *given: torch.tensor(labels()(*given)), "prompt, answer", "a Tensor"),
+    "a given list lengthened": (in_place, "prompt, answer", "changed a list"),
+}
+
+
+@pytest.mark.parametrize("mistake", ANSWER_LABELS)
+def test_answer_labels_names_the_mistake(mistake: str) -> None:
+    answer, step, words = ANSWER_LABELS[mistake]
+    assert_found(checks.answer_labels(answer), step, words)
+
+
+WARMUP_FACTOR = {
+    "starts at zero": (lambda k, w: min(1.0, (k - 1) / max(1, w)), "rises evenly", "trains nothing"),
+    "one step late": (lambda k, w: min(1.0, k / (w + 1)), "rises evenly", "one step late"),
+    "one step early": (lambda k, w: min(1.0, (k + 1) / max(1, w)), "rises evenly", "one step early"),
+    "whole division": (lambda k, w: min(1, k // max(1, w)), "rises evenly", "whole division"),
+    "upside down, no limit": (lambda k, w: max(1, w) / k, "rises evenly", "upside down"),
+    "upside down": (lambda k, w: min(1.0, w / k), "rises evenly", "upside down"),
+    "falls": (lambda k, w: max(0.0, 1 - k / max(1, w)), "rises evenly", "falls where it should rise"),
+    "max for min": (lambda k, w: max(1.0, k / max(1, w)), "rises evenly", "larger of the two"),
+    "no warm-up at all": (lambda k, w: 1.0, "rises evenly", "nothing rises"),
+    "a curve": (lambda k, w: min(1.0, (k / max(1, w)) ** 2), "rises evenly", "not evenly"),
+    "1 is never reached": (lambda k, w: min(k, w - 1) / w, "the full rate", "1 is never reached"),
+    "grows on": (lambda k, w: k / max(1, w), "it stays", "goes on rising"),
+    "falls afterwards": (
+        lambda k, w: k / w if k <= w else max(0.0, 1 - (k - w) / (5 * w)),
+        "it stays",
+        "it falls again",
+    ),
+    "repeats itself": (lambda k, w: ((k - 1) % w + 1) / w if w else 1.0, "it stays", "expected 1"),
+    "division by zero": (lambda k, w: min(1.0, k / w), "none", "ZeroDivisionError"),
+    "no warm-up is no training": (lambda k, w: min(1.0, k / w) if w else 0.0, "none", "in step 1 is 0, expected 1"),
+    "nothing returned": (lambda k, w: None, "rises evenly", "NoneType"),
+}
+
+
+@pytest.mark.parametrize("mistake", WARMUP_FACTOR)
+def test_warmup_factor_names_the_mistake(mistake: str) -> None:
+    answer, step, words = WARMUP_FACTOR[mistake]
+    assert_found(checks.warmup_factor(answer), step, words)
+
+
+def chat(
+    bos: str = "once",
+    opened: bool = True,
+    closed: bool = False,
+    joined: bool = False,
+    special: bool = False,
+    space: str = "",
+    end: str = "one",
+    counted: Callable[[list[int], list[int]], list[int]] = lambda g, w: [OFF] * len(g) + w,
+    cut: str = "both",
+    refuse: bool = True,
+    user: str = "Define: ",
+    always_pos: bool = False,
+) -> Callable[..., dict[str, list[int]]]:
+    """The row with switches for its mistakes."""
+
+    def row(entry: dict[str, Any], tokenizer: Any, max_length: int) -> dict[str, list[int]]:
+        def ids_of(text: str) -> list[int]:
+            return tokenizer(text, add_special_tokens=special)["input_ids"]
+
+        request = user + entry["word"] + (f", {entry['pos']}" if entry["pos"] or always_pos else "")
+        messages = [{"role": "user", "content": request}]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opened)
+        text += tokenizer.eos_token + "\n" if closed else ""
+        answer, eos, start = space + entry["definition"], tokenizer.eos_token_id, tokenizer.bos_token_id
+        given, wanted = ids_of(text), ids_of(answer)
+        if joined:
+            wanted = ids_of(text + answer)[len(given) :]
+            given = ids_of(text + answer)[: len(given)]
+        if bos == "always" or (bos == "once" and start is not None and given[0] != start):
+            given = [start, *given]
+        if refuse and len(given) >= max_length:
+            raise ValueError("no room")
+        wanted += {"one": [eos], "none": [], "line": [eos, *ids_of("\n")], "two": [eos, eos]}[end]
+        ids, labels = given + wanted, counted(given, wanted)
+        if cut == "end kept" and len(ids) > max_length:
+            ids, labels = [*ids[: max_length - 1], eos], [*labels[: max_length - 1], eos]
+        elif cut == "left":
+            ids, labels = ids[-max_length:], labels[-max_length:]
+        elif cut == "ids only":
+            ids = ids[:max_length]
+        elif cut == "both":
+            ids, labels = ids[:max_length], labels[:max_length]
+        return {"input_ids": ids, "labels": labels}
+
+    return row
+
+
+def with_the_template(entry: dict[str, Any], tokenizer: Any, max_length: int) -> dict[str, Any]:
+    """Trusts apply_chat_template to return a list."""
+    messages = [{"role": "user", "content": entry["word"]}]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    return {"input_ids": ids, "labels": ids}
+
+
+def whole_conversation(entry: dict[str, Any], tokenizer: Any, max_length: int) -> dict[str, list[int]]:
+    """Renders question and answer, and masks as many tokens as the prompt has."""
+    request = ", ".join(filter(None, [f"Define: {entry['word']}", entry["pos"]]))
+    messages = [{"role": "user", "content": request}]
+    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    messages.append({"role": "assistant", "content": entry["definition"]})
+    ids = tokenizer(tokenizer.apply_chat_template(messages, tokenize=False), add_special_tokens=False)["input_ids"]
+    given = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    if tokenizer.bos_token_id is not None and ids[0] != tokenizer.bos_token_id:
+        ids, given = [tokenizer.bos_token_id, *ids], [tokenizer.bos_token_id, *given]
+    return {"input_ids": ids[:max_length], "labels": ([OFF] * len(given) + ids[len(given) :])[:max_length]}
+
+
+def as_tensors(entry: dict[str, Any], tokenizer: Any, max_length: int) -> dict[str, Tensor]:
+    return {name: torch.tensor(values) for name, values in chat()(entry, tokenizer, max_length).items()}
+
+
+def bos_between(entry: dict[str, Any], tokenizer: Any, max_length: int) -> dict[str, list[int]]:
+    """The prompt is tokenized with care, the answer is not."""
+    row = chat()(entry, tokenizer, max_length)
+    given = sum(label == OFF for label in row["labels"])
+    wanted = [*tokenizer(entry["definition"])["input_ids"], tokenizer.eos_token_id]
+    return {"input_ids": row["input_ids"][:given] + wanted, "labels": [OFF] * given + wanted}
+
+
+ENCODE_CHAT = {
+    "apply_chat_template returns a dictionary": (with_the_template, "whole numbers", "tokenize=False"),
+    "tensors": (as_tensors, "whole numbers", "no list of whole numbers"),
+    "no labels": (
+        lambda *given: {"input_ids": chat()(*given)["input_ids"]},
+        "whole numbers",
+        "your function returns ['input_ids']",
+    ),
+    "bos always": (chat(bos="always"), "whole numbers", "may be None"),
+    "bos always where there is one": (
+        lambda e, t, n: chat(bos="once" if t.bos_token_id is None else "always")(e, t, n),
+        "one bos",
+        "begins with two <bos>",
+    ),
+    "the tokenizer's bos before the template's": (chat(special=True), "one bos", "begins with two <bos>"),
+    "bos never": (chat(bos="never"), "one bos", "does not begin with <bos>"),
+    "no generation prompt": (chat(opened=False), "one bos", "turn is not opened"),
+    "the end token in the prompt": (chat(closed=True), "answer and its end", "closed before the answer"),
+    "another question": (chat(user="What is "), "one bos", "Which message does the user write"),
+    "a comma without a part of speech": (chat(always_pos=True), "one bos", "the row begins"),
+    "tokenized in one piece": (chat(joined=True), "prompt and answer", "were tokenized in one piece"),
+    "the whole conversation rendered": (whole_conversation, "prompt and answer", "were tokenized in one piece"),
+    "no end": (chat(end="none"), "answer and its end", "the end token is missing"),
+    "a line after the end": (chat(end="line"), "answer and its end", "after the end comes"),
+    "two ends": (chat(end="two"), "answer and its end", "after the end comes"),
+    "a space before the answer": (chat(space=" "), "answer and its end", "begins with a space"),
+    "bos before the answer": (bos_between, "answer and its end", "stands between prompt and answer"),
+    "the prompt in the loss": (chat(counted=lambda g, w: g + w), "the loss", "tokens count in the loss"),
+    "the prompt's last token in the loss": (
+        chat(counted=lambda g, w: [*[OFF] * (len(g) - 1), g[-1], *w]),
+        "the loss",
+        "1 of the prompt's",
+    ),
+    "the end not in the loss": (
+        chat(counted=lambda g, w: [*[OFF] * len(g), *w[:-1], OFF]),
+        "the loss",
+        "never learns to stop",
+    ),
+    "the answer's first token not in the loss": (
+        chat(counted=lambda g, w: [*[OFF] * (len(g) + 1), *w[1:]]),
+        "the loss",
+        "the first among them",
+    ),
+    "labels shifted": (chat(counted=lambda g, w: [*[OFF] * (len(g) - 1), *w, OFF]), "the loss", "shift itself"),
+    "labels of the answer only": (chat(counted=lambda g, w: list(w)), "the loss", "labels"),
+    "nothing cut": (chat(cut="none"), "cut at", "tokens"),
+    "labels not cut": (chat(cut="ids only"), "cut at", "input_ids have"),
+    "the end kept in a cut row": (chat(cut="end kept"), "cut at", "although the definition goes on"),
+    "cut at the beginning": (chat(cut="left"), "cut at", "has lost its beginning"),
+    "nothing refused": (chat(refuse=False), "is refused", "your function returns a row"),
+}
+
+
+@pytest.mark.parametrize("mistake", ENCODE_CHAT)
+def test_encode_chat_names_the_mistake(mistake: str) -> None:
+    answer, step, words = ENCODE_CHAT[mistake]
+    assert_found(checks.encode_chat(answer), step, words)
+
+
+def test_the_librarys_own_rows_pass() -> None:
+    report = checks.encode_chat(lambda entry, tokenizer, n: encode([entry], tokenizer, n, chat=True)[0])
+    assert report.status == "passed", report.text
+
+
+def test_a_missing_base_is_no_mistake_of_the_learner(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = lesson_07_chat.require_base
+
+    def without_smollm2(name: str) -> Any:
+        if name != "tiny":
+            raise BaseMissing(f"the base {name!r} is not on this machine yet: run `lora-edu bases fetch` once")
+        return real(name)
+
+    lesson_07_chat._tokenizer.cache_clear()
+    monkeypatch.setattr(lesson_07_chat, "require_base", without_smollm2)
+    report = checks.encode_chat(chat())
+    lesson_07_chat._tokenizer.cache_clear()
+    assert_found(report, "SmolLM2's tokenizer", "bases fetch")
+    assert len(report.passed) == 7
+
+
+def stopping(
+    better: Callable[[float, float], bool] = lambda loss, lowest: loss < lowest,
+    reset: bool = True,
+    late: int = 0,
+    against: str = "lowest",
+    start: float = float("inf"),
+    keep: Callable[[list[Tensor]], list[Tensor]] = lambda ps: [p.detach().clone() for p in ps],
+    when: str = "better",
+    back: str = "copy",
+    count_from: int = 0,
+) -> type:
+    """The class with switches for its mistakes."""
+
+    class Stopping:
+        def __init__(self, parameters: list[Tensor], patience: int):
+            self.parameters, self.patience = parameters, patience
+            self.best, self.seen, self.since, self.lowest = None, count_from, 0, start
+            self.kept: list[Tensor] = []
+
+        def see(self, loss: float) -> bool:
+            if better(loss, self.lowest):
+                self.lowest, self.best = loss, self.seen
+                self.since = 0 if reset else self.since
+                if when == "better" or not self.kept:
+                    self.kept = keep(self.parameters)
+            else:
+                self.since += 1
+                if against == "previous":
+                    self.lowest = loss
+            if when == "always":
+                self.kept = keep(self.parameters)
+            self.seen += 1
+            return self.since >= self.patience + late
+
+        @torch.no_grad()
+        def restore(self) -> None:
+            for i, (parameter, value) in enumerate(zip(self.parameters, self.kept, strict=True)):
+                if back == "copy":
+                    parameter.copy_(value)
+                elif back == "data":
+                    parameter.data = value
+                elif back == "list":
+                    self.parameters[i] = value
+                elif back == "frozen":
+                    parameter.requires_grad_(False).copy_(value)
+
+    return Stopping
+
+
+class NothingReturned(stopping()):  # type: ignore[misc]
+    def see(self, loss: float) -> None:
+        super().see(loss)
+
+
+EARLY_STOPPING = {
+    "one evaluation too late": (stopping(late=1), "patience is used up", "one evaluation too late"),
+    "one evaluation too early": (stopping(late=-1), "patience is used up", "too early|after evaluation 0"),
+    "patience is ignored": (
+        type("AtOnce", (stopping(),), {"see": lambda self, loss: stopping().see(self, loss) or self.since > 0}),
+        "patience is used up",
+        "you do not wait",
+    ),
+    "nothing returned": (NothingReturned, "patience is used up", "see(…) returns None"),
+    "higher is better": (stopping(better=lambda a, b: a > b, start=-1.0), "patience is used up", "expected"),
+    "counts in total": (stopping(reset=False), "starts the count again", "not those in a row"),
+    "compared with the one before": (stopping(against="previous"), "lowest so far", "with the evaluation before"),
+    "starts at 0": (stopping(start=0.0), "patience is used up", "no loss counts as the lowest"),
+    "starts at 100": (stopping(start=100.0), "lowest so far", "it is infinite"),
+    "a tie is better": (stopping(better=lambda a, b: a <= b), "a tie is no", "only equals the lowest"),
+    "NaN is better": (stopping(better=lambda a, b: not a >= b), "a tie is no", "NaN"),
+    "counted from 1": (stopping(count_from=1), "best is the evaluation", "counted from 0"),
+    "names instead of copies": (stopping(keep=list), "weights come back", "those of no evaluation|a second name"),
+    "detached, not copied": (stopping(keep=lambda ps: [p.detach() for p in ps]), "weights come back", "second name"),
+    "a shallow copy": (stopping(keep=copy.copy), "weights come back", "second name"),
+    "the last weights": (stopping(when="always"), "weights come back", "those of evaluation 5, expected those of"),
+    "the first weights": (stopping(when="first"), "weights come back", "those of evaluation 0, expected"),
+    "restored into the list only": (stopping(back="list"), "weights come back", "after restore the weights are"),
+    "restored by .data": (stopping(back="data"), "weights come back", "other memory"),
+    "frozen by restoring": (stopping(back="frozen"), "weights come back", "frozen"),
+}
+
+
+@pytest.mark.parametrize("mistake", EARLY_STOPPING)
+def test_early_stopping_names_the_mistake(mistake: str) -> None:
+    answer, step, words = EARLY_STOPPING[mistake]
+    assert_found(checks.early_stopping(answer), step, words)
+
+
+def test_deep_copies_pass_too() -> None:
+    def keep(parameters: list[Tensor]) -> list[Tensor]:
+        return [nn.Parameter(p.detach()) for p in copy.deepcopy(parameters)]
+
+    assert checks.early_stopping(stopping(keep=keep)).status == "passed"
+
+
+Curve = Sequence[float]
+
+
+def first_below(learned: Curve, target: float) -> int | None:
+    return next((i for i, loss in enumerate(learned) if loss <= target), None)
+
+
+def between(
+    share: Callable[[float, float, float], float] = lambda above, below, target: (above - target) / (above - below),
+) -> Callable[[Curve, Curve, float], float | None]:
+    """An answer to C1 from the share of the way between two evaluations."""
+
+    def at(learned: Curve, other: Curve, target: float) -> float | None:
+        i = first_below(learned, target)
+        if not i:
+            return None if i is None else other[0]
+        way = share(learned[i - 1], learned[i], target)
+        return other[i - 1] + way * (other[i] - other[i - 1])
+
+    return at
+
+
+def last_crossing(learned: Curve, other: Curve, target: float) -> float | None:
+    found = None
+    for i in range(1, len(learned)):
+        if learned[i] <= target < learned[i - 1]:
+            way = (learned[i - 1] - target) / (learned[i - 1] - learned[i])
+            found = other[i - 1] + way * (other[i] - other[i - 1])
+    return found if found is not None else other[0] if learned[0] <= target else None
+
+
+def interp(learned: Curve, other: Curve, target: float) -> float | None:
+    import numpy as np
+
+    pairs = sorted(zip(learned, other, strict=True))
+    if target < pairs[0][0]:
+        return None
+    return float(np.interp(target, [p[0] for p in pairs], [p[1] for p in pairs]))
+
+
+def from_the_second(learned: Curve, other: Curve, target: float) -> float | None:
+    for i in range(1, len(learned)):
+        if learned[i] <= target:
+            way = (learned[i - 1] - target) / (learned[i - 1] - learned[i])
+            return other[i - 1] + way * (other[i] - other[i - 1])
+    return None
+
+
+def or_the_last(learned: Curve, other: Curve, target: float) -> float | None:
+    found = between()(learned, other, target)
+    return other[-1] if found is None else found
+
+
+def strictly_below(learned: Curve, other: Curve, target: float) -> float | None:
+    i = next((i for i, loss in enumerate(learned) if loss < target), None)
+    return None if i is None else other[i]
+
+
+AT_EQUAL_QUALITY = {
+    "the lowest point": (lambda a, b, t: b[min(range(len(a)), key=a.__getitem__)], "met by", "is lowest"),
+    "the last evaluation": (lambda a, b, t: b[-1], "met by", "is lowest|last evaluation"),
+    "the learned loss": (lambda a, b, t: between()(a, a, t), "met by", "that is the target itself"),
+    "strictly below, no line": (strictly_below, "met by", "expected"),
+    "no line": (
+        lambda a, b, t: None if (i := first_below(a, t)) is None else b[i],
+        "between two",
+        "not the crossing before it",
+    ),
+    "the evaluation before": (between(lambda above, below, t: 0.0 if t > below else 1.0), "between two", "before the"),
+    "halfway": (between(lambda above, below, t: 0.5 if t > below else 1.0), "between two", "halfway"),
+    "weights exchanged": (
+        between(lambda above, below, t: (t - below) / (above - below) if t > below else 1.0),
+        "between two",
+        "each other's weight",
+    ),
+    "the last crossing": (last_crossing, "first time", "that is the last crossing"),
+    "interpolated in sorted values": (interp, "first time", "np.interp"),
+    "the last one if never": (or_the_last, "never reached", "you give"),
+    "drawn on if never": (
+        lambda a, b, t: or_the_last(a, b, max(t, min(a))),
+        "never reached",
+        "that is where the learned loss is lowest",
+    ),
+    "below from the start": (from_the_second, "from the start", "other[0]"),
+    "None from the start": (
+        lambda a, b, t: None if a[0] <= t else between()(a, b, t),
+        "from the start",
+        "you give None",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", AT_EQUAL_QUALITY)
+def test_at_equal_quality_names_the_mistake(mistake: str) -> None:
+    answer, step, words = AT_EQUAL_QUALITY[mistake]
+    assert_found(checks.at_equal_quality(answer), step, words)
+
+
+def test_checks_leave_the_random_state_alone(from_solution: Callable) -> None:
+    solution = from_solution(NOTEBOOK, "EarlyStopping")
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    checks.early_stopping(solution)
+    assert torch.equal(torch.rand(3), expected)
