@@ -52,7 +52,7 @@ def test_every_listed_job_is_recorded_once_but_the_named_ones(name):
     assert not recorded.keys() - set(listed)
     assert set(recorded.values()) == {1}
     absent = [json.loads(each) for each in listed if each not in recorded]
-    assert Counter((job["part"], job["seed"], job["rows"], job["r"]) for job in absent) == Counter(MISSING[name])
+    assert Counter((job["part"], job["seed"], job.get("rows"), job["r"]) for job in absent) == Counter(MISSING[name])
 
 
 @pytest.mark.parametrize("name", sweeps.SWEEPS)
@@ -117,7 +117,7 @@ def test_the_shipped_adapter_is_the_one_of_its_log():
     assert all(config[name] == log["settings"][name] for name in ("r", "lora_alpha", "target_modules"))
     assert config["base_model_name_or_path"] == "smollm2-135m"
     steps, losses = log["eval_steps"], log["validation"]
-    assert steps == list(range(0, log["settings"]["steps"] + 1, 10))
+    assert steps == list(range(0, log["settings"]["steps"] + 1, 20))
     assert log["lowest_validation_at_step"] == steps[losses.index(min(losses))]
     assert losses[0] == log["base"]["validation"]
     assert log["adapted"]["validation"] == pytest.approx(losses[-1], abs=5e-3)  # stored in bfloat16
