@@ -1,5 +1,6 @@
 """lora_edu: LoRA by hand, in modules that read from top to bottom. The lessons build it piece by piece."""
 
+import lora_edu.fast_layers  # noqa: F401  (lesson 21: makes fast=True known)
 from lora_edu.config import LoraConfig  # lesson 04
 from lora_edu.counting import count_parameters  # lesson 05
 from lora_edu.hotswap import hotswap_adapter  # lesson 09

@@ -23,10 +23,11 @@ BIASES = ("none", "all", "lora_only")
 
 @dataclass
 class InjectionContext:
-    """What the layers of one injection share: its name and precision, and room for a method's common tensors."""
+    """What the layers of one injection share: name, precision, speed, and room for a method's common tensors."""
 
     adapter_name: str = "default"
     autocast_adapter_dtype: bool = True
+    fast: bool = False
     shared: dict[str, Any] = field(default_factory=dict)
 
 
@@ -41,6 +42,7 @@ class Method:
     config_type: type[AdapterConfig]
     applies: Callable[[Any], bool]
     builders: Mapping[type[nn.Module], Build]
+    fast: bool  # only for injections that ask for it; kinds of layers without a fast form get the plain one
 
 
 METHODS: list[Method] = []
@@ -51,6 +53,7 @@ def register(
     config_type: type[AdapterConfig],
     builders: Mapping[type[nn.Module], Build],
     applies: Callable[[Any], bool] = lambda config: True,
+    fast: bool = False,
 ) -> None:
     """Make a method known. Later registrations are asked first, so that a special case precedes the general one.
 
@@ -59,8 +62,9 @@ def register(
         config_type: the config class that asks for this method.
         builders: kind of base layer → function (base, module name, config, context) → AdapterLayer.
         applies: a further condition on the config, for example ``lambda config: config.use_dora``.
+        fast: the method is a faster form of another, used by ``inject(..., fast=True)`` alone.
     """
-    METHODS.insert(0, Method(name, config_type, applies, builders))
+    METHODS.insert(0, Method(name, config_type, applies, builders, fast))
 
 
 class AdapterConfig:
@@ -76,12 +80,20 @@ class AdapterConfig:
             ValueError: if no registered method serves this config, or none adapts this kind of layer.
         """
         pretrained = innermost(base_layer)
-        method = next((m for m in METHODS if type(self) is m.config_type and m.applies(self)), None)
-        if method is None:
+        methods = [
+            method
+            for method in METHODS
+            if type(self) is method.config_type and method.applies(self) and (context.fast or not method.fast)
+        ]
+        if not methods:
             raise ValueError(f"no method of lora_edu serves {self!r}; known: {[m.name for m in METHODS]}")
-        for kind, builder in method.builders.items():
-            if isinstance(pretrained, kind):
-                return builder(base_layer, name, self, context)
+        # The first serves; a fast one leaves the kinds of layers that it does not know to the next.
+        for method in methods:
+            for kind, builder in method.builders.items():
+                if isinstance(pretrained, kind):
+                    return builder(base_layer, name, self, context)
+            if not method.fast:
+                break
         raise ValueError(
             f"module {name!r} is a {type(pretrained).__name__}, which {method.name} cannot adapt (it adapts "
             f"{', '.join(kind.__name__ for kind in method.builders)}); narrow target_modules or use exclude_modules"

@@ -61,7 +61,7 @@ def batch_for(shape, model, seed=1):
     return {"inputs_embeds": x, "labels": labels}
 
 
-def pair(shape, dtype=torch.float64, targets=None, model_settings=None, seed=0, **options):
+def pair(shape, dtype=torch.float64, targets=None, model_settings=None, seed=0, fast=False, **options):
     """(our model, PEFT's model) from one base, with the same random A and B (both away from zero)."""
     targets = TARGETS[shape] if targets is None else targets
     base = tiny_model(shape, dtype, seed, **(model_settings or {}))
@@ -71,7 +71,7 @@ def pair(shape, dtype=torch.float64, targets=None, model_settings=None, seed=0, 
         theirs = peft.get_peft_model(
             theirs, peft.LoraConfig(target_modules=targets, init_lora_weights=False, **options)
         )
-    inject(ours, LoraConfig(target_modules=targets, **options))
+    inject(ours, LoraConfig(target_modules=targets, **options), fast=fast)
     theirs.train()
     ours.train()
     take_values(ours, theirs)

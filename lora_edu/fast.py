@@ -1,0 +1,176 @@
+"""LoRA's linear layer as one autograd function: the same numbers, with less memory traffic. Built in lesson 21.
+
+The plain layer of lesson 03 writes three tensors of the output's size: the base's output, the update and their sum.
+Here the update is added in place, what the backward pass needs is kept and not computed twice, the thin products are
+taken with their short side first, and layers that read the same input, such as q, k and v, read it together.
+
+``inject(model, config, fast=True)`` puts these layers into a model. The plain layer stays the one to read and to trust:
+the tests compare every value and every gradient with it. Gradients of gradients are not available here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lora_edu.layer import check_dropout
+
+Layer = tuple[Tensor, Tensor | None, Tensor, Tensor]  # weight, bias, A, B
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """y = x Wᵀ + b + s · (dropout(x) Aᵀ) Bᵀ, values and gradients those of the plain layer up to rounding.
+
+    Args:
+        x: the input; in the weight's dtype, or whatever autocast turns into one.
+        weight, bias: the frozen layer's; they get gradients if they require them.
+        lora_A, lora_B: the adapter. In another dtype than the weight's (float32 on bfloat16), they are rounded to the
+            weight's for the products, as autocast does, and get gradients in their own.
+        scaling: s.
+        dropout_p: probability of zeroing an entry of x on its way into A, rounded to a multiple of 1/65536. The random
+            numbers are drawn in a cheaper way than ``F.dropout``'s, so the same seed gives another mask.
+
+    Shapes:
+        x: (..., in) → (..., out). weight: (out, in). lora_A: (r, in). lora_B: (out, r).
+
+    Raises:
+        ValueError: if the shapes do not fit together, or dropout_p is no probability.
+
+    Source: Hu et al. 2021, eq. 3; the order of products as in RunLoRA (Cherniuk et al. 2023). Built in lesson 21.
+    """
+    check_dropout(dropout_p)
+    _check_shapes(x, weight, bias, lora_A, lora_B)
+    return lora_linears(x, [(weight, bias, lora_A, lora_B)], [scaling], [dropout_p])[0]
+
+
+def lora_linears(x: Tensor, layers: list[Layer], scalings: list[float], dropouts: list[float]) -> tuple[Tensor, ...]:
+    """``lora_linear`` of several layers that read the same x: one output for each."""
+    device = x.device.type
+    dtype = layers[0][0].dtype
+    autocast = torch.is_autocast_enabled(device)
+    if autocast and x.dtype != torch.float64:  # autocast leaves float64 alone
+        dtype = torch.get_autocast_dtype(device)
+        x = x.to(dtype)
+    tensors = [t if t is None else t.to(dtype) for layer in layers for t in layer]
+    keeps = [_kept_share(p) for p in dropouts]
+    masks = [None if p == 0 else _random_mask(x.numel() // x.shape[-1], x.shape[-1], p, x.device) for p in dropouts]
+    # What dropout keeps is scaled up by 1 / keep; s takes that along.
+    scalings = [s / keep if keep else 0.0 for s, keep in zip(scalings, keeps, strict=True)]
+    with torch.autocast(device, enabled=False) if autocast else nullcontext():
+        return _LoRALinears.apply(x, scalings, masks, *tensors)
+
+
+class _LoRALinears(torch.autograd.Function):
+    """n adapted layers of one input: yᵢ = x Wᵢᵀ + bᵢ + sᵢ · (mᵢ ⊙ x) Aᵢᵀ Bᵢᵀ, where mᵢ is a mask or None.
+
+    The thin products are kept as (r, tokens): matrix libraries cut the first dimension into pieces for their threads
+    and registers, and r = 8 rows of 2,048 numbers suit them better than 2,048 rows of 8.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, scalings: list[float], masks: list[Tensor | None], *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        rows = x.reshape(-1, x.shape[-1])  # (..., in) → (tokens, in)
+        layers = list(_fours(tensors))
+        downs = _down(rows, [A for _, _, A, _ in layers], masks)  # h = A xᵀ, (r, tokens)
+        outputs = []
+        for (W, b, _, B), h, s in zip(layers, downs, scalings, strict=True):
+            y = F.linear(x, W, b)
+            y.view(-1, y.shape[-1]).addmm_(h.T, B.T, alpha=s)  # in place: no second tensor of (tokens, out)
+            outputs.append(y)
+        ctx.save_for_backward(rows, *downs, *masks, *tensors)
+        ctx.scalings, ctx.shape = scalings, x.shape
+        return tuple(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        with torch.autocast(grads[0].device.type, enabled=False):
+            return _backward(ctx, [grad.reshape(-1, grad.shape[-1]) for grad in grads])
+
+
+def _backward(ctx: Any, gs: list[Tensor]) -> tuple[Any, ...]:
+    """The gradients for x and each layer's weight, bias, A and B; ``gs`` are those of the outputs, (tokens, out)."""
+    n = len(gs)
+    rows, *saved = ctx.saved_tensors  # asked for once: with checkpointing, each time would recompute them
+    downs, masks, layers = saved[:n], saved[n : 2 * n], list(_fours(saved[2 * n :]))
+    scaled = zip(gs, layers, ctx.scalings, strict=True)
+    ups = [(B.T @ g.T).mul_(s) for g, (_, _, _, B), s in scaled]  # the gradient of h, (r, tokens)
+    gx = None
+    if ctx.needs_input_grad[0]:
+        gx = gs[0] @ layers[0][0]
+        for g, (W, _, _, _) in zip(gs[1:], layers[1:], strict=True):
+            gx.addmm_(g, W)
+        if all(mask is None for mask in masks):  # one product for all of them: (tokens, n·r) (n·r, in)
+            gx.addmm_(torch.cat(ups).T, torch.cat([A for _, _, A, _ in layers]))
+        else:
+            for up, (_, _, A, _), mask in zip(ups, layers, masks, strict=True):
+                gx.addmm_(up.T, A) if mask is None else gx.addcmul_(up.T @ A, mask)
+        gx = gx.view(ctx.shape)
+    found: list[Tensor | None] = []
+    for i, (g, h, up) in enumerate(zip(gs, downs, ups, strict=True)):
+        of_weight, of_bias, of_A, of_B = ctx.needs_input_grad[3 + 4 * i : 7 + 4 * i]
+        found.append(g.T @ rows if of_weight else None)
+        found.append(g.sum(0) if of_bias else None)
+        found.append(up @ (rows if masks[i] is None else rows * masks[i]) if of_A else None)
+        found.append((h @ g).T.mul(ctx.scalings[i]) if of_B else None)
+    return gx, None, None, *found
+
+
+def _down(rows: Tensor, As: list[Tensor], masks: Sequence[Tensor | None]) -> list[Tensor]:
+    """h = A xᵀ of each layer, (r, tokens); without dropout x is read once for all of them."""
+    if all(mask is None for mask in masks):
+        return list((torch.cat(As) @ rows.T).split([len(A) for A in As]))
+    return [A @ (rows if mask is None else rows * mask).T for A, mask in zip(As, masks, strict=True)]
+
+
+def _fours(tensors: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
+    for i in range(0, len(tensors), 4):
+        yield tuple(tensors[i : i + 4])
+
+
+def _kept_share(p: float) -> float:
+    """The share of entries that a mask keeps, exactly: p in 65,536ths."""
+    return 1 - round(p * 65536) / 65536
+
+
+def _random_mask(rows: int, columns: int, p: float, device: torch.device) -> Tensor:
+    """True where an entry is kept. On a CPU four decisions come from each 64-bit draw, which is five times faster."""
+    numbers = rows * columns
+    if device.type != "cpu" or p == 1:
+        return torch.empty(rows, columns, dtype=torch.bool, device=device).bernoulli_(_kept_share(p))
+    # The lower bound matters: without it random_() draws 63 bits, and every fourth decision is biased.
+    bits = torch.empty((numbers + 3) // 4, dtype=torch.int64).random_(torch.iinfo(torch.int64).min, None)
+    return (bits.view(torch.int16)[:numbers] >= round(p * 65536) - 32768).view(rows, columns)
+
+
+def _check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor) -> None:
+    """Raise unless the shapes fit together."""
+    out_features, in_features = weight.shape
+    r = len(lora_A)
+    expected = {"lora_A": (r, in_features), "lora_B": (out_features, r)} | (
+        {} if bias is None else {"bias": (out_features,)}
+    )
+    for name, tensor in (("lora_A", lora_A), ("lora_B", lora_B), ("bias", bias)):
+        if tensor is not None and tensor.shape != expected[name]:
+            raise ValueError(
+                f"{name} is {tuple(tensor.shape)}; beside a weight of (out, in) = {(out_features, in_features)} "
+                f"and r={r} it must be {expected[name]}"
+            )
+    if not x.shape or x.shape[-1] != in_features:
+        raise ValueError(f"x is {tuple(x.shape)}: its last dimension must be the weight's in = {in_features}")
