@@ -33,8 +33,7 @@ def main(steps: int, rate: float, seed: int, name: str) -> None:
     entries = {split: load_dataset("devils_dictionary", split) for split in ("train", "validation", "test")}
     entries["plain"] = load_dataset("wordnet_glosses", "validation")[:100]
     rows = {split: encode(each, tokenizer, max_length=96, chat=True) for split, each in entries.items()}
-    measured = ("validation", "test", "plain")
-    before = {split: round(evaluate(model, rows[split]), 4) for split in measured}
+    before = {split: round(evaluate(model, each), 4) for split, each in rows.items()}
     set_seed(seed)
     report = inject(model, LoraConfig(**LORA))
     training = {"steps": steps, "learning_rate": rate, "batch_size": 8, "warmup_steps": 10, "seed": seed}
@@ -54,7 +53,7 @@ def main(steps: int, rate: float, seed: int, name: str) -> None:
         "validation": [round(loss, 4) for loss in history.eval_loss["held-out"]],
         "lowest_validation_at_step": history.best_step,
         "base": before,
-        "adapted": {split: round(evaluate(stored, rows[split]), 4) for split in measured},
+        "adapted": {split: round(evaluate(stored, each), 4) for split, each in rows.items()},
         "sha256": hashlib.sha256((folder / WEIGHTS_FILE).read_bytes()).hexdigest(),
     }
     path = data_path("runs", f"{name.replace('-', '_')}.json")

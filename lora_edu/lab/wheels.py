@@ -16,6 +16,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -110,11 +111,17 @@ def _convert_gguf(file: Path, folder: Path, tensors_sha256: str) -> Path:
             )
         model.save_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
-        # transformers 5.17 takes the begin mark for the end mark; the config has both as the file says.
-        tokenizer.bos_token = tokenizer.decode([settings["bos_token_id"]])
-        tokenizer.eos_token = tokenizer.decode([settings["eos_token_id"]])
+        set_marks(tokenizer, settings["bos_token_id"], settings["eos_token_id"])
         tokenizer.save_pretrained(folder)
     return folder
+
+
+def set_marks(tokenizer: Any, bos_token_id: int, eos_token_id: int) -> None:
+    """Give a tokenizer the begin and end marks that a GGUF file names by their ids.
+
+    transformers 5.17 takes the begin mark for the end mark; the model's config has both as the file says.
+    """
+    tokenizer.bos_token, tokenizer.eos_token = tokenizer.convert_ids_to_tokens([bos_token_id, eos_token_id])
 
 
 def tensors_hash(state: Mapping[str, torch.Tensor]) -> str:

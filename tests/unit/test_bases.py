@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from lora_edu.lab import bases, wheels
 from lora_edu.lab.bases import data_path, fetch, list_bases, load_base, require_base
@@ -140,6 +141,17 @@ def test_tensors_hash_sees_names_values_and_types():
         assert wheels.tensors_hash(other) != wheels.tensors_hash(state)
 
 
+@pytest.mark.parametrize(("bos", "eos"), [("<eos>", "<bos>"), ("<bos>", "<bos>"), (None, None)])
+def test_set_marks_goes_by_the_ids(bos, eos, no_network):
+    need("tiny")
+    tokenizer = AutoTokenizer.from_pretrained(require_base("tiny"))
+    right = tokenizer.bos_token_id, tokenizer.eos_token_id
+    tokenizer.bos_token, tokenizer.eos_token = bos, eos
+    wheels.set_marks(tokenizer, *right)
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == right
+    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<bos>", "<eos>")
+
+
 def test_smollm2_is_the_real_model(no_network):
     need("smollm2-135m")
     model, tokenizer = load_base("smollm2-135m")
@@ -149,6 +161,8 @@ def test_smollm2_is_the_real_model(no_network):
     assert model.dtype == torch.float32
     assert tokenizer.pad_token is not None
     assert model.config.pad_token_id == tokenizer.pad_token_id
+    assert tokenizer.bos_token_id == model.config.bos_token_id
+    assert tokenizer.eos_token_id == model.config.eos_token_id
     text = "Define: politician, noun — “café”\n"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     chat = tokenizer.apply_chat_template(

@@ -134,20 +134,14 @@ def test_tied_weights_stay_apart(targets):
     assert plain.config.tie_word_embeddings is False
 
 
-def test_an_untied_merge_survives_saving_the_whole_model(tmp_path):
+@pytest.mark.parametrize(
+    "settings",
+    [{"target_modules": ["lm_head"]}, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}],
+    ids=["adapted", "saved"],
+)
+def test_a_head_that_was_tied_survives_saving_the_whole_model(settings, tmp_path):
     model = llama(tied=True)
-    inject(model, LoraConfig(r=2, target_modules=["lm_head"]))
-    shake(model)
-    with pytest.warns(UserWarning, match="tie_word_embeddings"):
-        plain = merge_and_unload(model)
-    plain.save_pretrained(tmp_path)
-    again = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
-    assert torch.allclose(logits(again), logits(plain), rtol=1e-10)
-
-
-def test_a_saved_head_that_was_tied_survives_saving_the_whole_model(tmp_path):
-    model = llama(tied=True)
-    inject(model, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    inject(model, LoraConfig(r=2, **settings))
     shake(model)
     with pytest.warns(UserWarning, match="tie_word_embeddings"):
         plain = merge_and_unload(model)
