@@ -15,6 +15,7 @@ from lora_edu.config import LoraConfig
 from lora_edu.inject import inject
 from lora_edu.lab.bases import load_base
 from lora_edu.lab.datasets import encode, encode_topics, load_dataset
+from lora_edu.lab.processes import together
 from lora_edu.lab.training import accuracy, evaluate, set_seed, train
 from lora_edu.layer import LoRALinear
 from lora_edu.lowrank import amplification_factor, effective_rank, intruder_dimensions, subspace_similarity
@@ -174,10 +175,10 @@ def _settings(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _prepared(settings: dict[str, Any]) -> tuple[nn.Module, dict[str, list]]:
-    """A fresh model, on the GPU where there is one, with what is to be trained made trainable; and the data."""
+    """A fresh model, on this process's GPU if there is one, with what is to be trained made trainable; and the data."""
     topics = settings["task"] == TOPICS_TASK
     base, splits = _loaded(settings["base"], settings["task"])
-    model = copy.deepcopy(base).to("cuda" if torch.cuda.is_available() else "cpu")
+    model = copy.deepcopy(base).to(together().device)
     set_seed(settings["seed"])
     if settings["method"] == "full":
         return model.requires_grad_(True), splits

@@ -7,6 +7,11 @@
 The second form does the same on a machine that has what training needs and no more (no typer, no notebooks): a GPU that
 is borrowed for an hour. The records were made with it, and name it.
 
+    accelerate launch --config_file data/accelerate/ddp.yaml --num_processes 2 -m lora_edu.lab.full_runs NAME
+
+With several GPUs, ``--processes`` gives each run to one of them, several runs at a time: the faster way while a run
+fits. Under ``accelerate launch`` all of them train each run together.
+
 Every finished run is in ``data/runs/NAME.json`` at once, with the machine it ran on. Killed and started again, the
 command does what is missing. The file is replaced as a whole, so it is valid at every moment; one command at a time
 writes it.
@@ -18,9 +23,7 @@ import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +32,7 @@ from tqdm import tqdm
 
 from lora_edu.lab.bases import data_path
 from lora_edu.lab.experiments import DEFAULTS, look_inside, run
+from lora_edu.lab.processes import agreed, alone, together
 from lora_edu.lab.records import surroundings
 from lora_edu.lab.sweeps import SWEEPS, Job, jobs
 from lora_edu.peft_io import write_atomically
@@ -70,10 +74,15 @@ def full_run(name: str, out: Path | None = None, processes: int = 1, minutes: fl
         name: one of ``SWEEPS``.
         out: the file to write and to resume from; default ``data/runs/NAME.json``.
         processes: how many runs at a time, each on one thread. One run leaves most of a GPU idle: six share it well.
+            Several GPUs take the runs in turn.
         minutes: begin no further run after this long.
 
+    Under ``accelerate launch`` all processes call this and train each run together; the main one decides which run is
+    next, and alone reads and writes the file.
+
     Raises:
-        ValueError: for an unknown name, a number out of range, or a file that is no record of this sweep.
+        ValueError: for an unknown name, a number out of range, ``processes`` above 1 under ``accelerate launch``, or a
+            file that is no record of this sweep.
         FileNotFoundError: if the file's folder does not exist.
         RuntimeError: if another command writes this file, or a run failed; what had finished is recorded.
     """
@@ -81,30 +90,87 @@ def full_run(name: str, out: Path | None = None, processes: int = 1, minutes: fl
         raise ValueError(f"processes={processes}: at least one is needed")
     if minutes is not None and not minutes > 0:
         raise ValueError(f"minutes={minutes}: expected a time above 0, or none for no limit")
+    if processes > 1 and together().num_processes > 1:
+        raise ValueError(
+            f"processes={processes} under accelerate launch: its {together().num_processes} processes do each run "
+            f"together. Leave processes at 1, or start python -m lora_edu.lab.full_runs {name} --processes {processes}"
+        )
     path = out or data_path("runs", f"{name}.json")
     wanted = jobs(name)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"no folder {path.parent} to write {path.name} into: make it, or name another file")
-    with _alone(path):
+    if not together().is_main_process:
+        return _follow()
+    with alone(path):
         record = _record(name, path)
         done = {_key(line["job"]) for line in record["runs"]}
         todo = [job for job in wanted if _key(job) not in done]
-        return not todo or _work(todo, record, path, processes, minutes)
+        work = _lead if together().num_processes > 1 else _work
+        return work(todo, record, path, processes, minutes)
+
+
+def _lead(todo: list[Job], record: dict[str, Any], path: Path, processes: int, minutes: float | None) -> bool:
+    """The main process's part under ``accelerate launch``: say which job is next, do it with all, and record it."""
+    machine = _here(record, together().num_processes) if todo else None
+    until = time.monotonic() + 60 * minutes if minutes else float("inf")
+    bar = _bar(todo, record, path)
+    _settle()
+    with bar:
+        while todo and time.monotonic() < until:
+            job = todo.pop(0)
+            agreed(job)
+            try:
+                result = _do(job)
+            except Exception as error:  # the launcher ends the other processes when this one ends
+                raise _failure(job, error, path) from error
+            record["runs"].append({"job": job, "machine": machine} | result)
+            _write(path, record)
+            bar.update()
+        return agreed(not todo)  # no job, but the answer to whether all is done: the end
+
+
+def _follow() -> bool:
+    """The other processes' part: do what the main one says, until it says how it ended."""
+    _settle()
+    said: Any = agreed(None)
+    while not isinstance(said, bool):
+        _do(said)
+        said = agreed(None)
+    return said
+
+
+def _here(record: dict[str, Any], world_size: int = 1) -> int:
+    """The number of this machine among the record's, where it is entered if it is new."""
+    cuda = torch.cuda.is_available()
+    machine = surroundings("float32, matrix products in TF32" if cuda else "float32", world_size)
+    if machine not in record["machines"]:
+        record["machines"].append(machine)
+    return record["machines"].index(machine)
+
+
+def _bar(todo: list[Job], record: dict[str, Any], path: Path) -> tqdm:
+    quiet, done = os.environ.get("LORA_EDU_PROGRESS") == "0", len(record["runs"])
+    return tqdm(total=done + len(todo), initial=done, desc=path.stem, unit="run", disable=quiet)
+
+
+def _failure(job: Job, error: BaseException, path: Path) -> RuntimeError:
+    return RuntimeError(
+        f"a run failed with {type(error).__name__}: {error}; its job is {job}. The runs that had finished are in "
+        f"{path}; once the cause is mended, the same command goes on"
+    )
 
 
 def _work(todo: list[Job], record: dict[str, Any], path: Path, processes: int, minutes: float | None) -> bool:
     """Do these jobs, and put each into the record and the file once it is done; True if none is left."""
-    machine = surroundings("float32, matrix products in TF32" if torch.cuda.is_available() else "float32")
-    if machine not in record["machines"]:
-        record["machines"].append(machine)
+    if not todo:
+        return True
+    machine = _here(record)
     until = time.monotonic() + 60 * minutes if minutes else float("inf")
-    quiet = os.environ.get("LORA_EDU_PROGRESS") == "0"
-    done = len(record["runs"])
     failed: list[tuple[Job, BaseException]] = []
     running: dict[Future[dict[str, Any]], Job] = {}
-    # Spawned, because CUDA does not survive a fork.
-    pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"), initializer=_settle)
-    with pool, tqdm(total=done + len(todo), initial=done, desc=path.stem, unit="run", disable=quiet) as bar:
+    spawn = multiprocessing.get_context("spawn")  # because CUDA does not survive a fork
+    pool = ProcessPoolExecutor(processes, mp_context=spawn, initializer=_settle, initargs=(spawn.Value("i", 0),))
+    with pool, _bar(todo, record, path) as bar:
         while True:
             while todo and not failed and len(running) < processes and time.monotonic() < until:
                 job = todo.pop(0)
@@ -116,44 +182,28 @@ def _work(todo: list[Job], record: dict[str, Any], path: Path, processes: int, m
                 if error := future.exception():
                     failed.append((job, error))
                     continue
-                line = {"job": job, "machine": record["machines"].index(machine)} | future.result()
+                line = {"job": job, "machine": machine} | future.result()
                 record["runs"].append(line)
                 _write(path, record)
                 bar.update()
     if failed:
         job, error = failed[0]
-        raise RuntimeError(
-            f"a run failed with {type(error).__name__}: {error}; its job is {job}. The runs that had finished are in "
-            f"{path}; once the cause is mended, the same command goes on"
-        ) from error
+        raise _failure(job, error, path) from error
     return not todo
 
 
-@contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Hold a lock beside the file: of two commands that write it, each would undo what the other recorded."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: nobody checks
-        yield
-        return
-    beside = path.with_suffix(".lock")
-    with open(beside, "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however it ends
-        except BlockingIOError:
-            raise RuntimeError(f"{path} is being written by another command: wait, or name another file") from None
-        try:
-            yield
-        finally:
-            beside.unlink(missing_ok=True)
+def _settle(started: Any = None) -> None:
+    """One thread for each process, and TF32 on a GPU: the sweeps compare runs, ten bits are enough for that.
 
-
-def _settle() -> None:
-    """One thread for each process, and TF32 on a GPU: the sweeps compare runs, ten bits are enough for that."""
+    ``started`` counts the workers of ``--processes``, which take several GPUs in turn. Launched processes have theirs.
+    """
     torch.set_num_threads(1)
     torch.backends.cuda.matmul.allow_tf32 = True
     os.environ["LORA_EDU_PROGRESS"] = "0"
+    if started is not None and torch.cuda.device_count() > 1:
+        with started.get_lock():
+            torch.cuda.set_device(started.value % torch.cuda.device_count())
+            started.value += 1
     threading.Thread(target=_leave_with_parent, daemon=True).start()
 
 
@@ -214,7 +264,11 @@ def main() -> None:
     parser.add_argument("--minutes", type=float)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
-    print(ending(full_run(given.name, given.out, given.processes, given.minutes)))
+    complete = full_run(given.name, given.out, given.processes, given.minutes)
+    if together().is_main_process:
+        print(ending(complete))
+    together().wait_for_everyone()
+    together().destroy_process_group()
 
 
 def ending(complete: bool) -> str:

@@ -4,12 +4,15 @@ The sweeps are made by ``lora_edu/lab/full_runs.py``. Lessons 07 and 10 plot the
 """
 
 import json
+import os
 import platform
 import statistics
+import subprocess
 from collections import defaultdict
 from collections.abc import Iterable
 from datetime import date
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -107,23 +110,50 @@ def by(record: dict[str, Any], *names: str, metric: str = "test", **settings: An
 def described(record: dict[str, Any]) -> str:
     """Where and when a record was made, in one line for a caption."""
     machines = [
-        f"{each['hardware']}, {each['precision']}, torch {each['versions']['torch']}, {each['date']}"
+        f"{_several(each)}{each['hardware']}, {each['precision']}, torch {each['versions']['torch']}, {each['date']}"
         for each in record["machines"]
     ]
     return "; ".join(machines)
 
 
-def surroundings(precision: str) -> dict[str, Any]:
-    """What a figure may depend on besides its settings: hardware, precision, date, versions."""
+def _several(machine: dict[str, Any]) -> str:
+    """ "2 × " for a record made by two processes together; older records do not say, and had one."""
+    return f"{machine['world_size']} × " if machine.get("world_size", 1) > 1 else ""
+
+
+def surroundings(precision: str, world_size: int = 1) -> dict[str, Any]:
+    """What a figure may depend on besides its settings: hardware, precision, date, versions, and the code's commit.
+
+    ``world_size`` is how many processes, each with its own device, trained one model together.
+    """
     cuda = torch.cuda.is_available()
     where = torch.cuda.get_device_name() if cuda else f"CPU, {torch.backends.cpu.get_cpu_capability()}"
     return {
         "hardware": f"{where}, {platform.machine()}",
+        "world_size": world_size,
         "precision": precision,
+        "commit": commit(),
         "date": date.today().isoformat(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__.split("+")[0]}
         | {name: version(name) for name in ("transformers", "accelerate")},
     }
+
+
+def commit() -> str:
+    """The commit of this repository that is checked out, or "unknown".
+
+    ``LORA_EDU_COMMIT`` says it where git cannot: on a machine to which only the files were copied.
+    """
+    if given := os.environ.get("LORA_EDU_COMMIT"):
+        return given
+    root = Path(__file__).resolve().parents[2]
+    try:
+        asked = ["git", "rev-parse", "--show-toplevel", "HEAD"]
+        found = subprocess.run(asked, capture_output=True, text=True, cwd=root).stdout.split("\n")
+    except OSError:  # there is no git here
+        return "unknown"
+    # A package that is installed somewhere inside another project's repository must not name that one's commit.
+    return found[1] if len(found) > 1 and os.path.samefile(found[0], root) else "unknown"
 
 
 def _values(runs: list[dict[str, Any]], name: str) -> str:

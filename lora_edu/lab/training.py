@@ -1,7 +1,8 @@
 """One short training loop for every lesson, with evaluation and generation. First used in lesson 02.
 
-Whatever requires a gradient is trained, be it a whole model, a LoRA adapter of ours or one of PEFT's. It runs on one
-device, the one that Accelerate picks (a GPU where there is one)."""
+Whatever requires a gradient is trained, be it a whole model, a LoRA adapter of ours or one of PEFT's. It runs on the
+device that Accelerate picks (a GPU where there is one), or on several: ``accelerate launch`` starts one process for
+each, ``data/accelerate/`` has configurations for it, and ``lora_edu/lab/processes.py`` what they have to agree on."""
 
 import os
 import random
@@ -11,11 +12,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lora_edu.lab.datasets import IGNORED, collate, prompt_ids
+from lora_edu.lab.datasets import collate, prompt_ids
+from lora_edu.lab.processes import (
+    STREAM,
+    agreed,
+    asked,
+    copy_back,
+    copy_to_shard,
+    new_accelerator,
+    own_gpu,
+    shards,
+    share,
+)
+from lora_edu.lab.stopping import Best
 
 Row = dict[str, Any]  # one encoded entry: input_ids, and labels (a list as long, or one class)
 
@@ -64,6 +76,7 @@ def train(
         model: a language model or a classifier that returns ``.loss`` when it is given labels.
         data: encoded rows (see :func:`lora_edu.lab.datasets.encode`).
         steps: number of updates, each on ``batch_size`` rows; the rows are shuffled anew whenever all were used.
+        batch_size: rows of one update, over all processes together: each takes its share of them.
         learning_rate: rises linearly over ``warmup_steps``, then stays.
         eval_data: held-out rows, or several sets by name; evaluated before the first step, every ``eval_every`` steps
             and after the last. Rows without a name are called "held-out".
@@ -76,47 +89,65 @@ def train(
     Modules that define ``extra_loss()`` add to the loss; those with ``after_backward(step)`` have it called once the
     gradients are there, before they are clipped.
 
+    Under ``accelerate launch`` all processes call this with the same model and data, and get the same history and the
+    same trained weights, those of one process up to rounding (dropout is drawn by each on its own). The held-out rows
+    are evaluated whole by every process. With FSDP a copy of the model is trained in shards, and the caller's gets the
+    trained weights back: leave it on the CPU if it is too large for one GPU. What the modules above note in themselves,
+    other than parameters and buffers, stays in that copy, and the gradients that they see there are shards.
+
     Raises:
-        ValueError: if nothing requires a gradient, if there are no rows, or if ``patience`` is given without eval_data.
+        ValueError: if nothing requires a gradient, if there are no rows, if ``patience`` is given without eval_data,
+            or if there are more processes than rows in a batch.
     """
     sets = eval_data if isinstance(eval_data, Mapping) else {"held-out": eval_data} if eval_data else {}
+    accelerator = new_accelerator()
+    index, processes = accelerator.process_index, accelerator.num_processes
     _check_arguments(model, data, steps, sets, patience)
-    accelerator = Accelerator()
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=learning_rate, weight_decay=weight_decay)
+    if batch_size < processes:
+        raise ValueError(
+            f"batch_size={batch_size} for {processes} processes: it counts the rows of all together, and each needs at "
+            f"least one; raise it, or launch with --num_processes {max(1, batch_size)}"
+        )
+    # ``inner`` holds the weights that train; ``outer`` is what runs: with DDP a wrapper that averages the gradients.
+    sharded = shards(accelerator)
+    inner = copy_to_shard(model) if sharded else model
+    optimizer = torch.optim.AdamW(_trainable(inner), lr=learning_rate, weight_decay=weight_decay)
+    outer, wrapped = accelerator.prepare(inner, optimizer)
+    # Not prepared: Accelerate would step it once for each process, and here one step is one step of all.
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(1, warmup_steps)))
-    model, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
-    adding: list[Any] = [m for m in model.modules() if hasattr(m, "extra_loss")]
-    watching: list[Any] = [m for m in model.modules() if hasattr(m, "after_backward")]
+    trainable = _trainable(inner)
+    adding: list[Any] = [m for m in inner.modules() if hasattr(m, "extra_loss")]
+    watching: list[Any] = [m for m in inner.modules() if hasattr(m, "after_backward")]
     order = _batches(len(data), batch_size, seed)
-    history, best = History(eval_loss={name: [] for name in sets}), _Best(patience)
+    history, best = History(eval_loss={name: [] for name in sets}), Best(patience)
+    silent = os.environ.get("LORA_EDU_PROGRESS") == "0" or not accelerator.is_main_process
     was_training = model.training
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
-        best.see(_evaluate_all(model, sets, history, 0), 0, trainable)
-        model.train()
-        for step in tqdm(
-            range(1, steps + 1), desc="training", unit="step", disable=os.environ.get("LORA_EDU_PROGRESS") == "0"
-        ):
-            batch = _collate(model, [data[i] for i in next(order)])
-            loss = model(**batch).loss
+    with torch.random.fork_rng(devices=own_gpu()):
+        torch.manual_seed(seed + STREAM * index)  # each process draws its own dropout
+        best.see(_evaluate_all(inner, sets, history, 0), 0, trainable)
+        outer.train()
+        for step in tqdm(range(1, steps + 1), desc="training", unit="step", disable=silent):
+            rows, factor = share([data[i] for i in next(order)], index, processes)
+            loss = outer(**_collate(inner, rows)).loss * factor
             history.steps.append(step)
-            history.train_loss.append(loss.item())
+            history.train_loss.append(accelerator.reduce(loss.detach(), "mean").item())
             for module in adding:
                 loss = loss + module.extra_loss()
             accelerator.backward(loss)
             for module in watching:
                 module.after_backward(step)
             accelerator.clip_grad_norm_(trainable, max_grad_norm)
-            optimizer.step()
+            wrapped.step()
             schedule.step()
-            optimizer.zero_grad()
+            wrapped.zero_grad()
             if step % eval_every == 0 or step == steps:
-                best.see(_evaluate_all(model, sets, history, step), step, trainable)
+                best.see(_evaluate_all(inner, sets, history, step), step, trainable)
             if best.out_of_patience:
                 history.stopped_early = step < steps
                 break
     best.restore(trainable)
+    if sharded:
+        copy_back(inner, model)
     history.best_step = best.step
     model.train(was_training)
     return history
@@ -140,11 +171,9 @@ def evaluate(model: nn.Module, data: Sequence[Row], batch_size: int = 32) -> flo
     model.eval()
     by_length = sorted(data, key=lambda row: len(row["input_ids"]))
     for start in range(0, len(data), batch_size):
-        batch = _collate(model, by_length[start : start + batch_size])
-        asked = batch["labels"][:, 1:] if batch["labels"].ndim == 2 else batch["labels"]
-        count = int((asked != IGNORED).sum())  # of a text, the first token is never predicted
-        if count:
-            total += model(**batch).loss.item() * count
+        rows = by_length[start : start + batch_size]
+        if count := asked(rows):
+            total += model(**_collate(model, rows)).loss.item() * count
             tokens += count
     model.train(was_training)
     if not tokens:
@@ -200,7 +229,7 @@ def generate(
     sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if do_sample else {}
     was_training = model.training
     model.eval()
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    with torch.random.fork_rng(devices=own_gpu()):
         torch.manual_seed(seed)
         out = model.generate(
             input_ids=input_ids,
@@ -213,34 +242,6 @@ def generate(
         )
     model.train(was_training)
     return [text.strip() for text in tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)]
-
-
-class _Best:
-    """Remembers the trainable weights of the lowest loss seen, if there is a ``patience`` to need them for."""
-
-    def __init__(self, patience: int | None):
-        self.patience, self.loss, self.since = patience, float("inf"), 0
-        self.step: int | None = None
-        self.weights: list[Tensor] = []
-
-    def see(self, loss: float | None, step: int, trainable: list[nn.Parameter]) -> None:
-        if loss is None:
-            return
-        if loss < self.loss:
-            self.loss, self.step, self.since = loss, step, 0
-            if self.patience is not None:
-                self.weights = [p.detach().clone() for p in trainable]
-        else:
-            self.since += 1
-
-    @property
-    def out_of_patience(self) -> bool:
-        return self.patience is not None and self.since >= self.patience
-
-    @torch.no_grad()
-    def restore(self, trainable: list[nn.Parameter]) -> None:
-        for parameter, weight in zip(trainable, self.weights, strict=False):  # no weights were kept without patience
-            parameter.copy_(weight)
 
 
 def _check_arguments(model: nn.Module, data: Sequence[Row], steps: int, sets: Mapping, patience: int | None) -> None:
@@ -256,9 +257,14 @@ def _check_arguments(model: nn.Module, data: Sequence[Row], steps: int, sets: Ma
         raise ValueError(f"patience={patience} needs eval_data: held-out rows whose loss decides when to stop")
 
 
+def _trainable(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
 def _evaluate_all(model: nn.Module, sets: Mapping[str, Sequence[Row]], history: History, step: int) -> float | None:
     """Evaluate every held-out set, note it in the history, and return the loss of the first (None without any)."""
-    losses = {name: evaluate(model, rows) for name, rows in sets.items()}
+    # Every process finds the same; but if a last bit differed, one might stop early and the others wait for it.
+    losses = agreed({name: evaluate(model, rows) for name, rows in sets.items()})
     history.eval_steps += [step] if sets else []
     for name, loss in losses.items():
         history.eval_loss[name].append(loss)

@@ -57,11 +57,13 @@ def check(record):
         for method, phases in line["phases"].items():
             whole = [sum(parts) for parts in zip(*phases.values(), strict=True)][record["warmup"] :]
             assert sum(whole) == pytest.approx(sum(line["seconds"][method]), rel=0.1)
-        assert line["trainable"]["ours"] == line["trainable"]["peft"]
+        assert line["trainable"]["ours"] == line["trainable"]["peft"] == line["trainable"]["fast"]
         if not line["lora_dropout"]:  # both do the same work: equal losses from equal starts
             assert line["losses"]["ours"] == pytest.approx(line["losses"]["peft"], rel=1e-4)
+            assert line["losses"]["fast"] == pytest.approx(line["losses"]["peft"], rel=1e-3)
             assert line["losses"]["ours"][-1] < line["losses"]["ours"][0]
         assert line["operations"]["ours"] == line["operations"]["peft"]
+        assert line["operations"]["fast"]["numbers"] < line["operations"]["ours"]["numbers"]
         assert all(0 < size["before"] < size["peak"] for size in line["peak_memory"].values())
 
 
@@ -74,7 +76,7 @@ def test_peft_speed_runs_small(peft_speed, tmp_path, monkeypatch):
     record = json.loads(out.read_text())
     check(record)
     found = [(line["adapted"], line["lora_dropout"], list(line["seconds"])) for line in record["comparisons"]]
-    assert found == [("q,v", 0.0, ["full", "ours", "peft"]), ("all-linear", 0.1, ["ours", "peft"])]
+    assert found == [("q,v", 0.0, ["full", "ours", "peft", "fast"]), ("all-linear", 0.1, ["ours", "peft", "fast"])]
     assert "bert     q,v             0.0  ours / peft" in done.stdout
     assert done.stderr == ""
     other = record["comparisons"][0] | {"shape": "smollm2"}
@@ -126,7 +128,7 @@ def test_targets_are_judged_by_the_median():
     ratios = {"ours / peft": {"median": 1.02, "interval_95": [1.0, 1.05]}}
     ratios["ours / full"] = {"median": 0.9, "interval_95": [0.8, 0.95]}
     line = {"shape": "smollm2", "adapted": "all-linear", "lora_dropout": 0.0, "ratios": ratios, "peak_memory": {}}
-    line["targets"] = script("peft_speed").TARGETS["smollm2"]
+    line["targets"] = script("peft_speed").targets(line)
     _, first, second, *_ = script("peft_speed").table({"comparisons": [line]})
     assert first.endswith("1.020  1.000–1.050  ≤ 1.03  met")
     assert second.endswith("0.900  0.800–0.950  ≤ 0.88  not met")
@@ -140,16 +142,36 @@ def test_peft_speed_names_an_unknown_shape(peft_speed):
     assert "--quick" in peft_speed("--help").stdout
 
 
-def test_memory_7b_without_a_gpu_says_so_and_passes(monkeypatch, capsys, tmp_path):
+@pytest.mark.parametrize("name", ["memory_7b", "speed_7b"])
+def test_without_a_gpu_they_say_so_and_pass(name, monkeypatch, capsys, tmp_path):
     out = tmp_path / "none.json"
     monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.setattr(sys, "argv", ["memory_7b.py", "--out", str(out)])
-    monkeypatch.setattr(script("memory_7b"), "CUDA", False)
-    script("memory_7b").main()
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--out", str(out)])
+    monkeypatch.setattr(script(name), "CUDA", False)
+    script(name).main()
     said = capsys.readouterr().out
-    assert said.startswith("memory_7b needs a GPU")
+    assert said.startswith(f"{name} needs a GPU")
     assert len(said.splitlines()) == 1
     assert not out.exists()
+
+
+def test_speed_7b_runs_on_a_toy_and_adds_to_its_record(monkeypatch, capsys, tmp_path):
+    out = tmp_path / "toy.json"
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    for ways in ("full;peft;plain;fast", "full;plain"):
+        arguments = ["--toy", "--rounds", "2", "--ways", ways, "--out", str(out)]
+        monkeypatch.setattr(sys, "argv", ["speed_7b.py", *arguments])
+        script("speed_7b").main()
+    assert "2×16  fast" in capsys.readouterr().out
+    first, second = json.loads(out.read_text())["shapes"]
+    assert (first["failed"], list(second["ways"])) == ({}, ["full", "plain"])
+    ways = first["ways"]
+    assert (
+        ways["full"]["trainable"] > ways["plain"]["trainable"] == ways["fast"]["trainable"] == ways["peft"]["trainable"]
+    )
+    assert ways["fast"]["losses"] == pytest.approx(ways["plain"]["losses"], rel=1e-2)  # bfloat16
+    ratios = [a / b for a, b in zip(ways["fast"]["steps_ms"], ways["full"]["steps_ms"], strict=True)]
+    assert ways["fast"]["against_full"] == pytest.approx(median(ratios), rel=1e-2)
 
 
 @pytest.mark.skipif(not RECORD.exists(), reason="data/runs/peft_speed.json is not recorded yet")
@@ -161,6 +183,8 @@ def test_the_recorded_speeds_hold_together():
     bert = [("bert", adapted, dropout) for dropout in (0.0, 0.1) for adapted in ("q,v", "all-linear")]
     assert shapes == [*bert, ("smollm2", "all-linear", 0.0)]
     assert record["comparisons"][-1]["weights"] == "pretrained"
-    assert record["comparisons"][-1]["trainable"] == {"full": 134_515_008, "ours": 2_442_240, "peft": 2_442_240}
+    assert record["comparisons"][-1]["trainable"] == {"full": 134_515_008} | dict.fromkeys(
+        ("ours", "peft", "fast"), 2_442_240
+    )
     readme = data_path("README.md").read_text(encoding="utf-8")
     assert hashlib.sha256(RECORD.read_bytes()).hexdigest() in re.findall(r"[0-9a-f]{64}", readme)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,9 +20,9 @@ import torch
 from safetensors.torch import load_file
 
 from lora_edu.counting import lora_parameters
-from lora_edu.lab import experiments, full_runs, sweeps
+from lora_edu.lab import experiments, full_runs, records, sweeps
 from lora_edu.lab.bases import data_path
-from lora_edu.lab.records import by, described, pick, read_record, spread
+from lora_edu.lab.records import by, described, pick, read_record, spread, surroundings
 
 ADAPTER = "smollm2-devils-dictionary"
 # The only jobs that are listed and not recorded yet: all of SmolLM2's part "dropout", and of its part "data" those with
@@ -61,7 +62,7 @@ def test_records_hold_together(name):
     assert record["defaults"] == experiments.DEFAULTS
     assert record["command"] == f"python -m lora_edu.lab.full_runs {name}"
     for machine in record["machines"]:
-        assert {"hardware", "precision", "date", "versions"} == machine.keys()
+        assert {"hardware", "precision", "date", "versions"} == machine.keys() - {"world_size", "commit"}  # added later
         assert {"python", "torch", "transformers", "accelerate"} == machine["versions"].keys()
     for line in record["runs"]:
         job = line["job"]
@@ -190,6 +191,29 @@ def test_jobs_come_back_complete_and_files_stay_as_they_are():
 
 def test_described_says_where_and_when():
     assert "NVIDIA H100 80GB HBM3, x86_64, float32, matrix products in TF32, torch 2." in described(raw("tiny_choices"))
+
+
+def test_surroundings_name_the_commit_and_the_processes(monkeypatch):
+    monkeypatch.delenv("LORA_EDU_COMMIT", raising=False)
+    found = surroundings("float32", world_size=2)
+    assert found["world_size"] == 2
+    assert re.fullmatch("[0-9a-f]{40}|unknown", found["commit"])
+    monkeypatch.setenv("LORA_EDU_COMMIT", "abc")
+    assert surroundings("float32")["commit"] == "abc"
+    assert described({"machines": [found]}).startswith(f"2 × {found['hardware']}, float32, ")
+    assert described({"machines": [found | {"world_size": 1}]}).startswith(found["hardware"])
+
+
+def test_without_a_repository_the_commit_is_unknown(monkeypatch, tmp_path):
+    monkeypatch.delenv("LORA_EDU_COMMIT", raising=False)
+    module = tmp_path / "site-packages" / "lora_edu" / "lab" / "records.py"
+    module.parent.mkdir(parents=True)
+    monkeypatch.setattr(records, "__file__", str(module))
+    assert records.commit() == "unknown"
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)  # that of another project, around this package
+    subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-q", "--allow-empty", "-m", "other"],
+                   cwd=tmp_path, check=True)  # fmt: skip
+    assert records.commit() == "unknown"
 
 
 @pytest.mark.errors
@@ -419,7 +443,7 @@ def test_another_machine_is_added(sweep, tmp_path, monkeypatch):
     out = tmp_path / "few.json"
     monkeypatch.setattr(full_runs, "ProcessPoolExecutor", Instant)
     for name in ("one", "two", "one"):
-        monkeypatch.setattr(full_runs, "surroundings", lambda precision, name=name: {"hardware": name})
+        monkeypatch.setattr(full_runs, "surroundings", lambda *given, name=name: {"hardware": name})
         sweep(JOBS[: 1 + len(recorded(out)) if out.exists() else 1])
         assert full_runs.full_run("few", out)
     record = json.loads(out.read_text(encoding="utf-8"))
@@ -470,9 +494,9 @@ def test_the_file_of_something_else_is_left_alone(sweep, tmp_path, content, says
 @pytest.mark.skipif(os.name == "nt", reason="no lock on Windows")
 def test_two_commands_do_not_write_one_file(sweep, tmp_path):
     out = tmp_path / "few.json"
-    with full_runs._alone(out), pytest.raises(RuntimeError, match="being written by another command"):
+    with full_runs.alone(out), pytest.raises(RuntimeError, match="being written by another command"):
         full_runs.full_run("few", out)
-    with full_runs._alone(out):
+    with full_runs.alone(out):
         pass
 
 
