@@ -102,7 +102,7 @@ class Siblings:
         return own
 
     def stamp(self, x: Tensor) -> tuple[int, ...]:
-        """Changes with every write into x or into an adapter. Traced code has no such counts; it is one forward pass."""
+        """Changes with every write into x or into an adapter. Traced code has no such counts: it is one pass."""
         if torch.compiler.is_compiling():
             return ()
         adapters = (tensor for member in self.members for tensor in (member.lora_A, member.lora_B))

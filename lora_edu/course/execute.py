@@ -3,11 +3,14 @@
 ``lora-edu lessons run NN --update`` is this module's ``update``: the only way in which ``lessons/`` gets its outputs.
 """
 
+import asyncio
 import os
 import platform
 import re
+import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +79,10 @@ def execute(
 
     Raises:
         NotebookError: naming notebook, cell and exception, if a cell fails, takes too long or ends the kernel.
+        KeyboardInterrupt: if someone pressed Ctrl-C.
     """
     cells = notebook.cells
-    current = 0
+    current, interrupted = 0, False
 
     def started(cell: NotebookNode, cell_index: int, **_: Any) -> None:
         nonlocal current
@@ -86,6 +90,17 @@ def execute(
         if progress:
             progress(cell_index, len(cells))
 
+    def interrupt() -> None:
+        nonlocal interrupted
+        interrupted = True
+        ending.append(asyncio.ensure_future(manager.shutdown_kernel(now=True)))
+
+    def heed_the_keyboard(**_: Any) -> None:
+        """On Ctrl-C nbclient ends the kernel and tells nobody: take its handler's place."""
+        with suppress(NotImplementedError, RuntimeError):  # Windows; not the main thread
+            asyncio.get_event_loop().add_signal_handler(signal.SIGINT, interrupt)
+
+    ending: list[asyncio.Future] = []  # kept, or Python may collect it before it has run
     manager = AsyncKernelManager(kernel_spec_manager=_ThisPython())
     client = NotebookClient(
         notebook,
@@ -96,6 +111,7 @@ def execute(
         resources={"metadata": {"path": str(folder)}},
         record_timing=False,
         on_cell_start=started,
+        on_notebook_start=heed_the_keyboard,
     )
     try:
         client.execute(env=environment(extra_environment))
@@ -105,6 +121,8 @@ def execute(
     except CellTimeoutError:
         raise NotebookError(f"{_where(name, cells, current)}: took more than {timeout} s") from None
     except DeadKernelError:
+        if interrupted:
+            raise KeyboardInterrupt from None
         message = "the kernel died (out of memory, or the code ended the process)"
         raise NotebookError(f"{_where(name, cells, current)}: {message}") from None
     if progress:

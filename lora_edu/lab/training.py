@@ -1,8 +1,9 @@
 """One short training loop for every lesson, with evaluation and generation. First used in lesson 02.
 
 Whatever requires a gradient is trained, be it a whole model, a LoRA adapter of ours or one of PEFT's. It runs on the
-device that Accelerate picks (a GPU where there is one), or on several: ``accelerate launch`` starts one process for
-each, ``data/accelerate/`` has configurations for it, and ``lora_edu/lab/processes.py`` what they have to agree on."""
+device that Accelerate picks (a GPU where there is one), and the model is then where it was before; or on several:
+``accelerate launch`` starts one process for each, ``data/accelerate/`` has configurations for it, and
+``lora_edu/lab/processes.py`` what they have to agree on."""
 
 import os
 import random
@@ -109,7 +110,7 @@ def train(
             f"least one; raise it, or launch with --num_processes {max(1, batch_size)}"
         )
     # ``inner`` holds the weights that train; ``outer`` is what runs: with DDP a wrapper that averages the gradients.
-    sharded = shards(accelerator)
+    sharded, home = shards(accelerator), _only_device(model)
     inner = copy_to_shard(model) if sharded else model
     optimizer = torch.optim.AdamW(_trainable(inner), lr=learning_rate, weight_decay=weight_decay)
     outer, wrapped = accelerator.prepare(inner, optimizer)
@@ -148,6 +149,8 @@ def train(
     best.restore(trainable)
     if sharded:
         copy_back(inner, model)
+    if home is not None:
+        model.to(home)
     history.best_step = best.step
     model.train(was_training)
     return history
@@ -259,6 +262,12 @@ def _check_arguments(model: nn.Module, data: Sequence[Row], steps: int, sets: Ma
 
 def _trainable(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
+
+
+def _only_device(model: nn.Module) -> torch.device | None:
+    """The device on which the whole model is; None if it is spread over several."""
+    found = {p.device for p in model.parameters()}
+    return found.pop() if len(found) == 1 else None
 
 
 def _evaluate_all(model: nn.Module, sets: Mapping[str, Sequence[Row]], history: History, step: int) -> float | None:

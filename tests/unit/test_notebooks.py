@@ -1,6 +1,9 @@
 """The machinery of notebooks: running, the canonical form, exercises from solutions, the rules, the work folder."""
 
 import json
+import os
+import subprocess
+import sys
 
 import nbformat
 import pytest
@@ -69,6 +72,27 @@ def test_environment_of_a_notebook(tmp_path):
 def test_errors_name_notebook_and_cell(tmp_path, code, words):
     with pytest.raises(NotebookError, match=words):
         execute(book(new_markdown_cell("# T"), new_code_cell(code)), tmp_path, "broken", timeout=2)
+
+
+INTERRUPTED = """
+import os, sys
+from pathlib import Path
+from nbformat.v4 import new_code_cell, new_notebook
+from lora_edu.course.execute import execute
+
+try:  # the cell presses Ctrl-C for its parent, and would then sleep for a minute
+    cell = new_code_cell("import os, signal, time; os.kill(os.getppid(), signal.SIGINT); time.sleep(60)")
+    execute(new_notebook(cells=[cell]), Path(sys.argv[1]), "slow")
+except KeyboardInterrupt:
+    print("stopped")
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no signals")
+def test_ctrl_c_ends_the_run_and_not_only_the_kernel(tmp_path):
+    command = [sys.executable, "-c", INTERRUPTED, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.stdout == "stopped\n", done.stderr
 
 
 def test_a_failed_update_leaves_the_file(tmp_path):

@@ -47,6 +47,14 @@ def test_the_loss_falls_and_only_what_requires_a_gradient_moves(model, rows):
     assert history.train_loss[-1] < history.train_loss[0]
 
 
+def test_the_model_goes_where_it_trains_and_comes_back(model, rows):
+    """There is one device here, so count the moves: to Accelerate's, and home."""
+    moves, move = [], model.to
+    model.to = lambda device: moves.append(torch.device(device)) or move(device)
+    train(model, rows, steps=1, batch_size=4)
+    assert moves == [torch.device("cpu")] * 2
+
+
 def test_same_seed_same_losses_other_seed_other_batches(model, rows):
     model.model.layers[0].self_attn.attention_dropout = 0.5  # something random inside the model
     start, runs = state(model), []
