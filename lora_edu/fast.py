@@ -61,7 +61,7 @@ def lora_linears(x: Tensor, layers: list[Layer], scalings: list[float], dropouts
     """``lora_linear`` of several layers that read the same x: one output for each."""
     device = x.device.type
     dtype = layers[0][0].dtype
-    autocast = torch.is_autocast_enabled(device)
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     if autocast and x.dtype != torch.float64:  # autocast leaves float64 alone
         dtype = torch.get_autocast_dtype(device)
         x = x.to(dtype)
@@ -100,7 +100,8 @@ class _LoRALinears(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        with torch.autocast(grads[0].device.type, enabled=False):
+        device = grads[0].device.type
+        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
             return _backward(ctx, [grad.reshape(-1, grad.shape[-1]) for grad in grads])
 
 
@@ -128,7 +129,7 @@ def _backward(ctx: Any, gs: list[Tensor]) -> tuple[Any, ...]:
         found.append(g.T @ rows if of_weight else None)
         found.append(g.sum(0) if of_bias else None)
         found.append(up @ (rows if masks[i] is None else rows * masks[i]) if of_A else None)
-        found.append((h @ g).T.mul(ctx.scalings[i]) if of_B else None)
+        found.append((h @ g).mul_(ctx.scalings[i]).T.contiguous() if of_B else None)
     return gx, None, None, *found
 
 

@@ -116,6 +116,12 @@ def own_gpu() -> list[int]:
     return [torch.cuda.current_device()] if torch.cuda.is_available() else []
 
 
+def only_device(model: nn.Module) -> torch.device | None:
+    """The device on which the whole model is; None if it is spread over several."""
+    found = {p.device for p in model.parameters()}
+    return found.pop() if len(found) == 1 else None
+
+
 def shards(accelerator: Accelerator) -> bool:
     """Whether the weights are to be sharded (FSDP), rather than held by every process.
 

@@ -24,6 +24,7 @@ from lora_edu.lab.processes import (
     copy_back,
     copy_to_shard,
     new_accelerator,
+    only_device,
     own_gpu,
     shards,
     share,
@@ -110,7 +111,7 @@ def train(
             f"least one; raise it, or launch with --num_processes {max(1, batch_size)}"
         )
     # ``inner`` holds the weights that train; ``outer`` is what runs: with DDP a wrapper that averages the gradients.
-    sharded, home = shards(accelerator), _only_device(model)
+    sharded, home = shards(accelerator), only_device(model)
     inner = copy_to_shard(model) if sharded else model
     optimizer = torch.optim.AdamW(_trainable(inner), lr=learning_rate, weight_decay=weight_decay)
     outer, wrapped = accelerator.prepare(inner, optimizer)
@@ -262,12 +263,6 @@ def _check_arguments(model: nn.Module, data: Sequence[Row], steps: int, sets: Ma
 
 def _trainable(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
-
-
-def _only_device(model: nn.Module) -> torch.device | None:
-    """The device on which the whole model is; None if it is spread over several."""
-    found = {p.device for p in model.parameters()}
-    return found.pop() if len(found) == 1 else None
 
 
 def _evaluate_all(model: nn.Module, sets: Mapping[str, Sequence[Row]], history: History, step: int) -> float | None:

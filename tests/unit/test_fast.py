@@ -12,7 +12,9 @@ from lora_edu import LoraConfig, LoRALinear, disable_adapter, inject, merge, mer
 from lora_edu.adapter import adapter_layers
 from lora_edu.fast import _random_mask, lora_linear
 from lora_edu.fast_layers import FastLoRAConv1D, FastLoRALinear
+from lora_edu.flops import step_flops
 from lora_edu.measure import saved_bytes
+from lora_edu.meta import load_config, meta_model
 
 S = 1.7
 SHAPES = [(7, 12), (2, 5, 12), (12,), (0, 12), (2, 1, 3, 12)]
@@ -110,6 +112,18 @@ def test_autocast_leaves_float64_alone():
     x, (W, b, A, B) = torch.randn(5, 12, dtype=torch.float64), factors()
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.allclose(lora_linear(x, W, b, A, B, S), plain(x, W, b, A, B, S))
+
+
+def test_operations_can_be_counted_without_computing():
+    """On the meta device, as ``step_flops`` does: the fused layers have the plain ones' operations."""
+    config = load_config("tiny")
+    counted = []
+    for fast in (False, True):
+        model = meta_model(config)
+        with torch.device("meta"):
+            inject(model, LoraConfig(r=3, target_modules="all-linear"), fast=fast)
+        counted.append(step_flops(model, tokens=8))
+    assert counted[0] == counted[1]
 
 
 # Dropout: another stream of random numbers than F.dropout's, so these tests are about shares and means.

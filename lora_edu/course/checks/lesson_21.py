@@ -1,0 +1,218 @@
+"""The checks of lesson 21: the roofline's bound, intensity, bytes between GPUs, expected ratios.
+
+See also ``lesson_21_backward``.
+"""
+
+import random
+from collections.abc import Callable, Mapping
+
+from lora_edu.course.checks.report import Report, Wrong, run_steps
+
+Work = list[tuple[float, float]]  # (operations, bytes) of one operation after another
+CEILING, BANDWIDTH = 60e9, 12e9
+
+
+def bound_seconds(candidate: Callable[[float, float, float, float], float], hint: int = 1) -> Report:
+    """Exercise A1: ``candidate(operations, size, ceiling, bandwidth)`` is the least time of one operation."""
+
+    def compare(by_bytes: bool) -> None:
+        ceiling, bandwidth = random.uniform(50e9, 90e9), random.uniform(5e9, 20e9)
+        operations = random.uniform(1e8, 9e8)
+        size = operations / ceiling * bandwidth * (random.uniform(2, 5) if by_bytes else random.uniform(0.2, 0.5))
+        arithmetic, traffic = operations / ceiling, size / bandwidth
+        slips = {
+            arithmetic + traffic: "this is the sum of the two times; arithmetic and traffic can overlap",
+            arithmetic: "this is the shorter of the two times, that of the arithmetic; the bytes take longer",
+            traffic: "this is the shorter of the two times, that of the bytes; the arithmetic takes longer",
+            max(operations / bandwidth, size / ceiling): "operations belong to the ceiling, bytes to the bandwidth",
+            min(ceiling / operations, bandwidth / size): "this is how often it could run in a second, not how long",
+        }
+        require(
+            candidate(operations, size, ceiling, bandwidth),
+            max(arithmetic, traffic),
+            slips,
+            f"with {operations:.2e} operations, {size:.2e} bytes, a ceiling of {ceiling:.2e} and a bandwidth of "
+            f"{bandwidth:.2e} a second",
+            "How long would the arithmetic take if bytes were free, and the bytes if arithmetic were?",
+            "Return max(operations / ceiling, size / bandwidth).",
+        )
+
+    steps = [
+        ("an operation that the arithmetic bounds", lambda: compare(False)),
+        ("an operation that the bytes bound", lambda: compare(True)),
+    ]
+    return run_steps("the roofline's bound", steps, hint)
+
+
+def intensity(candidate: Callable[[int, int, int, int], float], hint: int = 1) -> Report:
+    """Exercise A2: ``candidate(tokens, inputs, outputs, width)`` is the operations per byte of x Wᵀ."""
+
+    def compare(width: int, thin: bool) -> None:
+        tokens, inputs = random.randint(200, 900), random.randint(100, 400)
+        outputs = random.randint(2, 16) if thin else inputs + random.randint(50, 200)
+        pairs, x, w, y = tokens * inputs * outputs, tokens * inputs, inputs * outputs, tokens * outputs
+        right = 2 * pairs / (width * (x + w + y))
+        slips = {
+            right / 2: "a multiplication and an addition are two operations",
+            right * width / 4: "a number does not always have 4 bytes: use width",
+            right * width: "you count numbers, and each has width bytes",
+            2 * pairs / (width * (x + w)): "the result is written, too",
+            2 * pairs / (width * (x + y)): "the weight is read, too",
+            2 * pairs / (width * (w + y)): "the input is read, too",
+            2 * pairs / (width * (x + w + 2 * y)): "the result is written once; nothing reads it here",
+            1 / right: "these are bytes per operation",
+        }
+        require(
+            candidate(tokens, inputs, outputs, width),
+            right,
+            slips,
+            f"for {tokens} tokens, {inputs} → {outputs}, {width} bytes a number",
+            "Which three matrices pass between memory and arithmetic, and how many numbers has each?",
+            "Divide 2 * tokens * inputs * outputs by width * (tokens * inputs + inputs * outputs + tokens * outputs).",
+        )
+
+    steps = [
+        ("a wide product in float32", lambda: compare(4, False)),
+        ("a thin product in float64", lambda: compare(8, True)),
+    ]
+    return run_steps("operations per byte", steps, hint)
+
+
+def bytes_sent(candidate: Callable[..., float], hint: int = 1) -> Report:
+    """Exercise B2: ``candidate(frozen, trained, processes, width=2, sharded=False)``, each process's bytes a step."""
+    rule = (
+        "With part = width * (processes - 1) / processes: DDP sends 2 * part * trained, "
+        "FSDP 2 * part * (frozen + trained) + part * trained."
+    )
+
+    def compare(frozen: int, trained: int, processes: int, width: int, sharded: bool) -> None:
+        part = width * (processes - 1) / processes
+        ddp = 2 * part * trained
+        fsdp = 2 * part * (frozen + trained) + part * trained
+        right = fsdp if sharded else ddp
+        slips = {
+            right * processes: "this is what all processes send together, not each",
+            right / width: "you count numbers, and each has width bytes",
+            right * processes / max(1, processes - 1): "its own part a process need not send: (P − 1)/P of it travels",
+        }
+        if sharded:
+            slips |= {
+                fsdp - part * (frozen + trained): "you gather once; the backward pass gathers again",
+                fsdp - 2 * part * trained: "the adapters are sharded and gathered, too",
+                2 * part * (frozen + trained): "the gradients of what trains are missing",
+                fsdp + part * trained: "after the sum each process keeps its own part: nothing is spread",
+                3 * part * (frozen + trained): "frozen weights have no gradients to sum",
+                ddp: "with sharded=True the weights travel, too",
+            }
+        else:
+            slips |= {
+                2 * part * (frozen + trained): "frozen weights have no gradients to average",
+                part * trained: "an average is a sum and then a spreading: it travels twice",
+                fsdp: "without shards no weight travels",
+            }
+        require(
+            candidate(frozen, trained, processes, width, sharded),
+            right,
+            slips,
+            f"with frozen={frozen:,}, trained={trained:,}, processes={processes}, width={width}, sharded={sharded}",
+            "What does each process lack, before the forward pass, before the backward pass, before the update?",
+            rule,
+        )
+
+    def drawn(sharded: bool) -> None:
+        sizes = random.randint(50_000, 90_000), random.randint(1000, 9000)
+        compare(*sizes, random.randint(3, 9), random.choice([4, 8]), sharded)
+
+    def alone() -> None:
+        for sharded in (False, True):
+            compare(random.randint(50_000, 90_000), random.randint(1000, 9000), 1, 4, sharded)
+
+    def defaults() -> None:
+        got, part = candidate(6_738_415_616, 39_976_960, 8), 2 * 7 / 8
+        require(
+            got,
+            2 * part * 39_976_960,
+            {},
+            "for LLaMA-7B, r = 16 on all linear layers, 8 processes, width and sharded left out",
+            "Which width and which way does the task name as defaults?",
+            "Give the function's last two arguments the defaults width=2, sharded=False.",
+        )
+
+    steps = [
+        ("DDP sends the gradients of what trains", lambda: drawn(False)),
+        ("FSDP gathers the weights twice", lambda: drawn(True)),
+        ("one process sends nothing", alone),
+        ("LLaMA-7B on 8 GPUs", defaults),
+    ]
+    return run_steps("bytes between GPUs", steps, hint)
+
+
+def expected_ratio(candidate: Callable[[Work, Work, float, float], float], hint: int = 1) -> Report:
+    """Exercise C1: ``candidate(before, after, ceiling, bandwidth)`` is the predicted time after / before."""
+
+    def compare(before: Work, after: Work) -> None:
+        def time(work: Work, mode: str = "each") -> float:
+            arithmetic, traffic = [o / CEILING for o, _ in work], [b / BANDWIDTH for _, b in work]
+            if mode == "each":
+                return sum(map(max, arithmetic, traffic))
+            both = {"operations": [sum(arithmetic)], "bytes": [sum(traffic)], "whole": [sum(arithmetic), sum(traffic)]}
+            return sum(arithmetic) + sum(traffic) if mode == "sum" else max(both[mode])
+
+        right = time(after) / time(before)
+        slips = {
+            time(after, "whole") / time(before, "whole"): "you take the larger of two sums; each operation has a bound "
+            "of its own, and one waits for bytes while another computes",
+            time(after, "operations") / time(before, "operations"): "the bytes are missing",
+            time(after, "bytes") / time(before, "bytes"): "the operations are missing",
+            time(after, "sum") / time(before, "sum"): "you add arithmetic and traffic; the longer one counts",
+            1 / right: "this is before over after",
+            1 - right: "this is the share of the time that is saved",
+            time(after): "this is the time after, not the ratio",
+            time(before) - time(after): "this is the time that is saved, in seconds",
+        }
+        require(
+            candidate(before, after, CEILING, BANDWIDTH),
+            right,
+            slips,
+            f"for {len(before)} operations before and {len(after)} after",
+            "Which of its two times does each single operation take?",
+            "Sum max(operations / ceiling, size / bandwidth) over the operations of each list; divide after by before.",
+        )
+
+    def work(number: int) -> Work:
+        """Operations bound by arithmetic and by bytes in turns."""
+        return [
+            (random.uniform(2e8, 9e8), random.uniform(1e6, 9e6))
+            if index % 2 == 0
+            else (random.uniform(1e6, 9e6), random.uniform(2e7, 9e7))
+            for index in range(number)
+        ]
+
+    def less() -> None:
+        before = work(5)
+        # In sum the bytes take a fifth longer before, and less after: no mistake then looks like another.
+        longer = 1.2 * sum(o / CEILING for o, _ in before) / sum(b / BANDWIDTH for _, b in before)
+        before = [(o, longer * b) for o, b in before]
+        compare(before, [(o, 0.6 * b) for o, b in before])
+
+    def fewer() -> None:
+        before = work(6)
+        compare(before, before[:-1])
+
+    steps = [("the same operations, fewer bytes", less), ("one operation less", fewer)]
+    return run_steps("the expected ratio", steps, hint)
+
+
+def require(got: float, right: float, slips: Mapping[float, str], case: str, question: str, fix: str) -> None:
+    """Raise ``Wrong`` unless the number is right; name the mistake if it is one of the known ones."""
+    if not isinstance(got, int | float):
+        raise Wrong(f"{case} you return {got!r}: expected a number", question, fix)
+    if not close(got, right):
+        known = (words for value, words in slips.items() if close(got, value) and not close(value, right))
+        note = next(known, "this is none of the usual slips")
+        raise Wrong(f"{case} you get {got:,.6g} instead of {right:,.6g}: {note}", question, fix)
+
+
+def close(a: float, b: float) -> bool:
+    """Equal to rounding."""
+    return abs(a - b) <= 1e-9 * max(abs(a), abs(b))
