@@ -10,11 +10,8 @@ record keeps every timed step, the memory after each phase of one step, and the 
 
 import argparse
 import gc
-import json
-import os
 import platform
 import statistics
-import subprocess
 import sys
 import time
 import warnings
@@ -31,6 +28,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_edu import LoraConfig, inject, merge_and_unload
+from lora_edu.lab.records import commit, write_record
 
 warnings.filterwarnings("ignore", message="`gradient_checkpointing_")
 
@@ -216,26 +214,13 @@ def ceiling() -> float:
     b = torch.randn(k, n, dtype=torch.bfloat16, device=DEVICE)
     best = 0.0
     for _ in range(6):
+        synchronize()
         start = time.perf_counter()
         for _ in range(products):
             a @ b
         synchronize()
         best = max(best, products * 2 * m * k * n / (time.perf_counter() - start) / 1e12)
-    return round(best, 1)
-
-
-def write(record: dict[str, Any], path: Path) -> None:
-    """Write the record whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def commit() -> str:
-    """The commit that is checked out, or "unknown" outside a repository."""
-    found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    return found.stdout.strip() or "unknown"
+    return round(best, 4)
 
 
 def main() -> None:
@@ -300,7 +285,7 @@ def main() -> None:
                 line["left_over_bytes"] = allocated() - weights
                 record["runs"].append(line)
                 record["seconds"] = round(time.perf_counter() - start, 1)
-                write(record, arguments.out)
+                write_record(record, arguments.out)
                 print(
                     f"{record['seconds']:6.1f} s  {name:36} {batch:2}×{tokens} {'ckpt' if checkpointing else '    '}  "
                     f"{line.get('step_ms', 'out of memory')} ms  {line.get('peak_bytes', 0) / 2**30:.2f} GiB  "
@@ -310,7 +295,7 @@ def main() -> None:
         del model
         empty()
     record["ceiling_tflops"].append(ceiling())
-    write(record, arguments.out)
+    write_record(record, arguments.out)
 
 
 if __name__ == "__main__":

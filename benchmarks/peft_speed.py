@@ -15,7 +15,6 @@ import json
 import os
 import platform
 import random
-import subprocess
 import sys
 import time
 import warnings
@@ -42,6 +41,7 @@ import lora_edu
 from lora_edu import load_base
 from lora_edu.adapter import adapter_layers
 from lora_edu.lab.bases import list_bases
+from lora_edu.lab.records import commit, write_record
 from lora_edu.measure import paired_times, peak_memory
 from lora_edu.meta import load_config
 
@@ -257,14 +257,6 @@ def memory(chosen: list[dict[str, Any]], methods: list[list[str]], quick: bool) 
     return [{method: sizes[f"{index} {method}"] for method in names} for index, names in enumerate(methods)]
 
 
-def write(record: dict[str, Any], path: Path) -> None:
-    """Write the record whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def hardware() -> str:
     """The processor's name, cores and memory."""
     try:
@@ -273,12 +265,6 @@ def hardware() -> str:
     except (OSError, StopIteration):
         name = platform.processor() or platform.machine()
     return f"{name}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
-
-
-def commit() -> str:
-    """The commit that is checked out, or "unknown" outside a repository."""
-    found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    return found.stdout.strip() or "unknown"
 
 
 def table(record: dict[str, Any]) -> Iterator[str]:
@@ -360,7 +346,7 @@ def main(
             line["peak_memory"] = sizes
     record["seconds"] = round(time.perf_counter() - start, 1)
     record["comparisons"] = sorted(measured + kept, key=lambda line: list(SHAPES).index(line["shape"]))
-    write(record, path)
+    write_record(record, path)
     print("\n".join(table(record)))
     print(f"wrote {path.relative_to(ROOT) if path.is_relative_to(ROOT) else path}")
 

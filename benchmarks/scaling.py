@@ -40,7 +40,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_edu import LoraConfig, inject
 from lora_edu.lab.processes import new_accelerator, shard_on_the_cpu, together
-from lora_edu.lab.records import commit
+from lora_edu.lab.records import commit, write_record
 
 ROOT = Path(__file__).resolve().parents[1]
 SEED = 0
@@ -240,14 +240,6 @@ def with_efficiency(runs: list[dict[str, Any]]) -> None:
             line["efficiency"] = round(line["tokens_per_second"] / (line["gpus"] * base["tokens_per_second"]), 4)
 
 
-def write(record: dict[str, Any], path: Path) -> None:
-    """Write the record whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -303,7 +295,7 @@ def main() -> None:
         record["runs"] += lines
         with_efficiency(record["runs"])
         record["seconds"] = round(time.perf_counter() - start, 1)
-        write(record, arguments.out)
+        write_record(record, arguments.out)
         for line in lines:
             peak = max((each["peak_bytes"] for each in line.get("gpus_measured", [])), default=0)
             print(

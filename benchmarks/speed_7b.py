@@ -22,15 +22,16 @@ from statistics import median
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
+from memory_7b import CUDA, DEVICE, SEED, allocated, ceiling, peak, reset_peak, synchronize
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_edu import LoraConfig, inject
-from lora_edu.lab.records import surroundings
+from lora_edu.lab.records import surroundings, write_record
 from lora_edu.measure import paired_times
-from lora_edu.peft_io import write_atomically
 
 try:
     import peft
@@ -39,9 +40,6 @@ except ImportError:
 
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
 ROOT = Path(__file__).resolve().parents[1]
-SEED = 0
-CUDA = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if CUDA else "cpu")
 R = 16
 WAYS: dict[str, dict[str, Any]] = {
     "full": {},
@@ -57,28 +55,6 @@ WAYS: dict[str, dict[str, Any]] = {
     "fast, compiled and captured": {"lora": "ours", "fast": True, "compile": True, "capture": True},
 }
 TOY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 256}
-
-
-def synchronize() -> None:
-    """Wait until the device has done what it was asked to do."""
-    if CUDA:
-        torch.cuda.synchronize()
-
-
-def allocated() -> int:
-    """Bytes of live tensors on the device."""
-    return torch.cuda.memory_allocated() if CUDA else 0
-
-
-def peak() -> int:
-    """The highest ``allocated()`` since the last reset."""
-    return torch.cuda.max_memory_allocated() if CUDA else 0
-
-
-def reset_peak() -> None:
-    """Let ``peak`` start anew from what is allocated now."""
-    if CUDA:
-        torch.cuda.reset_peak_memory_stats()
 
 
 def new_base(config: LlamaConfig) -> LlamaForCausalLM:
@@ -167,22 +143,6 @@ class Step:
         self.losses.append(loss.clone())
 
 
-def ceiling() -> float:
-    """TFLOP/s of a bf16 matrix product 2048×4096×11008 (tiny without a GPU) on random data: the best of six rounds."""
-    m, k, n, products = (2048, 4096, 11008, 20) if CUDA else (64, 64, 64, 1)
-    a = torch.randn(m, k, dtype=torch.bfloat16, device=DEVICE)
-    b = torch.randn(k, n, dtype=torch.bfloat16, device=DEVICE)
-    best = 0.0
-    for _ in range(6):
-        synchronize()
-        start = time.perf_counter()
-        for _ in range(products):
-            a @ b
-        synchronize()
-        best = max(best, products * 2 * m * k * n / (time.perf_counter() - start) / 1e12)
-    return round(best, 4)
-
-
 def compare(base: Any, names: list[str], batch: int, tokens: int, rounds: int) -> dict[str, Any]:
     """One shape: every way's times in turns, its losses and its memory."""
     generator = torch.Generator().manual_seed(SEED)
@@ -245,7 +205,7 @@ def main() -> None:
     same = (batch, tokens, names)
     record["shapes"] = [each for each in record["shapes"] if (each["batch"], each["tokens"], each["asked"]) != same]
     record["shapes"].append(line | {"asked": names})
-    write_atomically(arguments.out, (json.dumps(record, indent=1) + "\n").encode())
+    write_record(record, arguments.out)
     for name, way in line["ways"].items():
         against = "" if way["against_full"] is None else f"{way['against_full']:.3f} of full"
         print(

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from lora_edu.lab.bases import data_path
+from lora_edu.peft_io import write_atomically
 
 
 class Spread(NamedTuple):
@@ -154,6 +155,12 @@ def commit() -> str:
         return "unknown"
     # A package that is installed somewhere inside another project's repository must not name that one's commit.
     return found[1] if len(found) > 1 and os.path.samefile(found[0], root) else "unknown"
+
+
+def write_record(record: dict[str, Any], path: Path) -> None:
+    """Write a benchmark's record whole or not at all, and its folder if that is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, (json.dumps(record, indent=1) + "\n").encode())
 
 
 def _values(runs: list[dict[str, Any]], name: str) -> str:
