@@ -1,6 +1,6 @@
 """Time and memory of a training step: our plain and fused LoRA, PEFT's, and full fine-tuning, on the CPU.
 
-    python benchmarks/peft_speed.py                      # writes data/runs/peft_speed.json, 20 minutes on 2 cores
+    python benchmarks/peft_speed.py                      # writes data/runs/peft_speed.json, 25 minutes on 2 cores
     python benchmarks/peft_speed.py --quick              # the same code on small shapes, in half a minute
 
 "ours" is the plain layer of lesson 03, "fast" the fused one of lesson 21. Two shapes. "bert": hidden 384, 6 layers, as

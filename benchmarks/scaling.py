@@ -1,6 +1,6 @@
 """How LoRA training scales from one GPU to several, whole models (DDP) and shards of them (FSDP). For lesson 21.
 
-    python benchmarks/scaling.py --gpus 2               # writes data/runs/scaling.json, about ten minutes on two H200
+    python benchmarks/scaling.py --gpus 2               # writes data/runs/scaling.json
     python benchmarks/scaling.py --toy --out x.json     # the same code on a tiny shape, two processes on any machine
 
 Every GPU gets the same batch, so that N of them do N times the work of one (weak scaling). Each line is a launch of its

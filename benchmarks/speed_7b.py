@@ -1,6 +1,6 @@
 """Time and memory of a LoRA step of a 7B-shaped Llama, by every way to take it, for lesson 21. Needs a GPU of 141 GB.
 
-    python benchmarks/speed_7b.py --shape 4x512        # adds that shape to data/runs/speed_7b.json, about four minutes
+    python benchmarks/speed_7b.py --shape 4x512        # adds that shape to data/runs/speed_7b.json
     python benchmarks/speed_7b.py --toy --out x.json   # the same code on a tiny shape, on any machine
 
 LoRA of r = 16 on all linear layers against full fine-tuning, all in bfloat16, with random weights: times do not depend
