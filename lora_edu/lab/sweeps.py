@@ -6,6 +6,7 @@ from typing import Any
 
 Job = dict[str, Any]
 SEEDS = (0, 1, 2)
+FIVE_SEEDS = (*SEEDS, 3, 4)
 RULES = {  # three ways to set alpha; all give the scale 2 at r = 8
     "alpha / r": lambda r: {"lora_alpha": 16},
     "alpha = 2r": lambda r: {"lora_alpha": 2 * r},
@@ -25,7 +26,7 @@ SAME_BUDGET = {
 
 
 def jobs(name: str) -> list[Job]:
-    """Every run of a sweep, the ones that matter most first.
+    """Every run of a sweep, a whole seed before the next: a sweep that is cut short still compares like with like.
 
     Raises:
         ValueError: for an unknown name.
@@ -39,44 +40,38 @@ def _finetuning() -> Iterator[tuple[str, Job]]:
     """Lesson 07: full fine-tuning against LoRA, each over its learning rates, five seeds, with curves."""
     common = {"base": "smollm2-135m", "steps": 120, "eval_every": 10, "forgetting": True}
     rates = {"full": (1e-5, 2e-5, 5e-5, 1e-4, 2e-4), "lora": (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3)}
-    for seed in (*SEEDS, 3, 4):
+    for seed in FIVE_SEEDS:
         for method, learning_rates in rates.items():
             for rate in learning_rates:
                 yield "methods", common | {"method": method, "learning_rate": rate, "seed": seed}
 
 
 def _choices(
-    base: str, task: str, steps: int, rates: tuple[float, ...], full_rates: tuple[float, ...]
+    base: str, task: str, steps: int, rates: tuple[float, ...], full_rates: tuple[float, ...], seeds: tuple[int, ...]
 ) -> Iterator[tuple[str, Job]]:
     """Lesson 10: one choice at a time, each at several learning rates."""
     common: Job = {"base": base, "task": task, "steps": steps}
     looked_at = {"ranks": (8, 64), "seeds": (0, 1), "learning_rate": rates[1], "full_rate": full_rates[1]}
     yield "inside", common | looked_at
-    for seed in SEEDS:
+    long = {"steps": 2 * steps, "eval_every": steps // 4, "learning_rate": rates[1]}
+    for seed in seeds:
         for (rule, alpha), r, rate in product(RULES.items(), (1, 4, 16, 64), rates):
             yield "rank", common | {"rule": rule, "r": r, "learning_rate": rate, "seed": seed} | alpha(r)
-    for seed in SEEDS:
         for (name, targets), rate in product(TARGETS.items(), rates):
             r = SAME_BUDGET[base][name]
             placed = {"targets": targets, "r": r, "lora_alpha": 2 * r}  # the scale is 2 for all: only the place differs
             yield "targets", common | placed | {"learning_rate": rate, "seed": seed}
-    for seed in SEEDS:
         for r, rate in product((1, 4, 16, 64), rates[:2]):
             topics = {"base": base, "task": "wordnet_topics", "steps": 2 * steps, "batch_size": 16}
             yield "topics", topics | {"r": r, "learning_rate": rate, "seed": seed}
-    for seed in SEEDS:
         for size, method in product((4, 8, 32), ("lora", "full")):
             for rate in rates if method == "lora" else full_rates:
                 sized = {"batch_size": size, "steps": steps * 8 // size}
                 yield "batch", common | sized | {"method": method, "learning_rate": rate, "seed": seed}
-    for seed in SEEDS:
         for rows, r in product((64, 256, None), (1, 8, 64)):
-            long = {"steps": 2 * steps, "eval_every": steps // 4, "learning_rate": rates[1]}
             yield "data", common | long | {"rows": rows, "r": r, "seed": seed}
-    for seed in SEEDS:
         for r, dropout in product((8, 64), (0.0, 0.05, 0.1, 0.3)):
-            long = {"steps": 2 * steps, "eval_every": steps // 4, "learning_rate": rates[1], "rows": 256}
-            yield "dropout", common | long | {"r": r, "lora_dropout": dropout, "seed": seed}
+            yield "dropout", common | long | {"rows": 256, "r": r, "lora_dropout": dropout, "seed": seed}
 
 
 def _tiny_choices() -> Iterator[tuple[str, Job]]:
@@ -85,11 +80,12 @@ def _tiny_choices() -> Iterator[tuple[str, Job]]:
             yield "rate", {"task": "jargon", "learning_rate": rate, "seed": seed}
         for rate in (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3):
             yield "rate", {"task": "jargon", "method": "full", "learning_rate": rate, "seed": seed}
-    yield from _choices("tiny", "jargon", 60, (1e-3, 3e-3, 1e-2), (2e-4, 5e-4, 1e-3))
+    yield from _choices("tiny", "jargon", 60, (1e-3, 3e-3, 1e-2), (2e-4, 5e-4, 1e-3), SEEDS)
 
 
 def _smollm2_choices() -> Iterator[tuple[str, Job]]:
-    yield from _choices("smollm2-135m", "devils_dictionary", 80, (2e-4, 7e-4, 2e-3), (2e-5, 5e-5, 1e-4))
+    rates, full_rates = (2e-4, 7e-4, 2e-3), (2e-5, 5e-5, 1e-4)
+    yield from _choices("smollm2-135m", "devils_dictionary", 80, rates, full_rates, FIVE_SEEDS)
 
 
 SWEEPS = {
