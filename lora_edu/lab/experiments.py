@@ -35,7 +35,7 @@ DEFAULTS: dict[str, Any] = {
     "batch_size": 8,
     "rows": None,  # how many entries of the training split; None: all
     "eval_every": None,  # None: the validation loss at the end only
-    "forgetting": False,  # also the loss on plain definitions, WordNet's
+    "forgetting": False,  # also the losses on plain definitions, WordNet's
     "seed": 0,
 }
 INSIDE = ("base", "task", "steps", "ranks", "seeds", "learning_rate", "full_rate")  # what look_inside's job names
@@ -49,7 +49,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
 
     Returns:
         ``train_loss`` of every step; ``validation`` and ``test`` at the end; with ``eval_every`` also ``eval_steps``
-        and the ``curves`` of the validation split and, with ``forgetting``, of plain definitions.
+        and the ``curves`` of the validation split and, with ``forgetting``, of ``plain`` definitions, as WordNet has
+        them, and of the same ones ``punctuated``: with a capital letter and a full stop, as the dictionaries have them.
 
     Raises:
         ValueError: for a setting that no job has, an unknown method, or settings that do not go together.
@@ -58,7 +59,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     model, splits = _prepared(settings)
     curves = {"validation": splits["validation"]} if settings["eval_every"] else {}
     if settings["forgetting"]:
-        curves["plain"] = splits["plain"]
+        curves |= {name: splits[name] for name in ("plain", "punctuated")}
     names = ("steps", "learning_rate", "batch_size", "seed")
     history = train(
         model,
@@ -200,10 +201,17 @@ def _loaded(name: str, task: str) -> tuple[nn.Module, dict[str, list]]:
         model, tokenizer = load_base(name, head="classification", num_labels=TOPICS)
         return model, {split: encode_topics(entries, tokenizer) for split, entries in rows.items()}
     rows["plain"] = load_dataset("wordnet_glosses", "validation")[:PLAIN_ROWS]
+    rows["punctuated"] = [punctuated(entry) for entry in rows["plain"]]
     model, tokenizer = load_base(name)
     chat = bool(tokenizer.chat_template)
     length = 96 if chat else 64  # the template takes 35
     return model, {split: encode(entries, tokenizer, length, chat) for split, entries in rows.items()}
+
+
+def punctuated(entry: dict[str, str]) -> dict[str, str]:
+    """A dictionary's entry, its definition begun with a capital letter and ended with a full stop."""
+    text = entry["definition"]
+    return entry | {"definition": text[:1].upper() + text[1:] + "." * (not text.endswith("."))}
 
 
 def _linears(model: nn.Module) -> list[tuple[str, Any]]:

@@ -76,7 +76,7 @@ def test_records_hold_together(name):
         assert ("curves" in line) == (job["eval_every"] is not None)
         if "curves" in line:
             assert line["eval_steps"] == list(range(0, job["steps"] + 1, job["eval_every"]))
-            assert list(line["curves"]) == ["validation", *(["plain"] if job["forgetting"] else [])]
+            assert list(line["curves"]) == ["validation", *(["plain", "punctuated"] if job["forgetting"] else [])]
             assert {len(curve) for curve in line["curves"].values()} == {len(line["eval_steps"])}
             assert line["curves"]["validation"][-1] == pytest.approx(line["validation"], abs=2e-4)
 
@@ -263,7 +263,7 @@ def test_a_run_records_what_it_was_asked_for(small):
     result = experiments.run(job)
     assert list(result) == ["train_loss", "eval_steps", "curves", "validation", "test"]
     assert result["eval_steps"] == [0, 2, 3]
-    assert list(result["curves"]) == ["validation", "plain"]
+    assert list(result["curves"]) == ["validation", "plain", "punctuated"]
     assert result["curves"]["validation"][-1] == result["validation"] < result["curves"]["validation"][0]
     torch.rand(5)  # what the caller drew before does not matter
     assert experiments.run(job) == result
