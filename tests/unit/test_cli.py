@@ -104,7 +104,7 @@ def test_count():
 def test_full_run_lists_what_there_is_and_what_it_costs():
     result = call("full-run")
     assert result.exit_code == 0
-    for name, runs in {"smollm2_finetuning": 55, "smollm2_choices": 274, "tiny_choices": 310}.items():
+    for name, runs in {"smollm2_finetuning": 55, "smollm2_choices": 456, "tiny_choices": 310}.items():
         (line,) = [line for line in result.stdout.splitlines() if line.startswith(name)]
         assert f"{runs} runs" in line
         assert "recorded" in line
