@@ -1,12 +1,14 @@
 """Time and memory of a LoRA step of a 7B-shaped Llama, by every way to take it, for lesson 21. Needs a GPU of 141 GB.
 
-    python benchmarks/speed_7b.py --shape 4x512        # adds that shape to data/runs/speed_7b.json
+    python benchmarks/speed_7b.py --shape 1x512 4x512  # adds these shapes to data/runs/speed_7b.json
     python benchmarks/speed_7b.py --toy --out x.json   # the same code on a tiny shape, on any machine
 
 LoRA of r = 16 on all linear layers against full fine-tuning, all in bfloat16, with random weights: times do not depend
-on their values. All ways stand on the same frozen weights in one process and take a step in turns, so that a
-disturbance meets all of them; what counts are the ratios of each round. PEFT is compared where it is installed. A
-captured step is one CUDA graph: forward, backward and optimizer replayed as they were recorded.
+on their values. All ways stand on the same weights in one process and take a step in turns, so that a disturbance
+meets all of them; what counts are the ratios of each round. PEFT is compared where it is installed. A captured step is
+one CUDA graph: forward, backward and optimizer replayed as they were recorded. Above 4,096 tokens a step the captured
+ways are left out unless asked for: launches are hidden there, and the graphs' memory would not fit beside the rest.
+The record is written after every shape.
 """
 
 import argparse
@@ -16,7 +18,8 @@ import json
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,11 +28,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
-from memory_7b import CUDA, DEVICE, SEED, allocated, ceiling, peak, reset_peak, synchronize
+from memory_7b import CUDA, DEVICE, SEED, allocated, ceiling, empty, peak, reset_peak, synchronize, used
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_edu import LoraConfig, inject
+from lora_edu.fast_steps import capture_step, causal_attention, compile_blocks
 from lora_edu.lab.records import surroundings, write_record
 from lora_edu.measure import paired_times
 
@@ -41,6 +46,7 @@ except ImportError:
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
 ROOT = Path(__file__).resolve().parents[1]
 R = 16
+CAPTURED_UP_TO = 4096  # tokens a step
 WAYS: dict[str, dict[str, Any]] = {
     "full": {},
     "full, compiled": {"compile": True},
@@ -74,11 +80,24 @@ def on_the_same_weights(base: nn.Module) -> Any:
     return copy.deepcopy(base, memo)
 
 
-class Step:
-    """One way's model and optimizer; a call takes one training step and returns its loss."""
+def nbytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the tensors."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
-    def __init__(self, base: nn.Module, way: dict[str, Any], ids: Tensor):
-        before = allocated()
+
+class Step:
+    """One way's model and optimizer; a call takes one training step and keeps its loss.
+
+    Args:
+        base: the model whose weights all ways share.
+        way: one of WAYS.
+        ids: the batch, (rows, tokens).
+        full: an earlier step that trains the weights themselves. One more shares its moments, as it shares the weights:
+            that saves 25 GiB.
+        pool: the memory that captured steps share.
+    """
+
+    def __init__(self, base: nn.Module, way: dict[str, Any], ids: Tensor, full: "Step | None", pool: Any):
         self.ids = ids
         self.model = on_the_same_weights(base)
         torch.manual_seed(SEED)
@@ -91,25 +110,25 @@ class Step:
         else:
             self.model.requires_grad_(True)
         if way.get("compile"):
-            for layer in self.model.model.layers:
-                layer.compile(dynamic=False)
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.trainable = sum(p.numel() for p in trained)
-        self.optimizer = torch.optim.AdamW(trained, lr=1e-5, weight_decay=0.0, fused=CUDA, capturable=CUDA)
+            compile_blocks(self.model)
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5, weight_decay=0.0, fused=CUDA, capturable=CUDA)
+        if full and "lora" not in way:
+            for p, same in zip(self.trained, full.trained, strict=True):
+                self.optimizer.state[p] = full.optimizer.state[same]
         self.losses: list[Tensor] = []
         self.run: Callable[[], Tensor] = self.eager
         for _ in range(3):  # compiles, and creates the optimizer's state
             self.eager()
         synchronize()
-        self.held = allocated() - before  # adapters and moments, above the shared base
         start = allocated()
         reset_peak()
         if way.get("capture") and CUDA:
-            self.capture()
-        else:
-            self.eager()
-        synchronize()
-        self.peak = self.held + peak() - start
+            self.run = capture_step(self.eager, pool=pool)
+        self()
+        adapters = self.trained if "lora" in way else []
+        moments = [tensor for state in self.optimizer.state.values() for tensor in state.values()]
+        self.peak = nbytes([*base.parameters(), *adapters, *moments]) + peak() - start  # as if alone on the device
 
     def eager(self) -> Tensor:
         """Forward, backward, optimizer."""
@@ -119,99 +138,127 @@ class Step:
         self.optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
-    def capture(self) -> None:
-        """Record one step as a graph; from then on a call replays it, reading ``ids`` and writing the loss in place."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # a graph wants a warm-up on another stream than the default one
-            for _ in range(3):
-                self.eager()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            loss = self.eager()
-
-        def replay() -> Tensor:
-            graph.replay()
-            return loss
-
-        self.run = replay
-
     def __call__(self) -> None:
         loss = self.run()
         synchronize()
         self.losses.append(loss.clone())
 
 
+def reason(error: BaseException) -> str:
+    """The error in one line, with the one that began the chain: a capture fails with a last one that says little."""
+    first = error
+    while first.__context__ is not None:
+        first = first.__context__
+    ends = [error] if first is error else [error, first]
+    return ", after ".join(f"{type(each).__name__}: {(str(each).splitlines() or [''])[0]}" for each in ends)
+
+
+def prepare(base: nn.Module, names: list[str], ids: Tensor) -> tuple[dict[str, Step], dict[str, Any], dict[str, str]]:
+    """The steps that are ready to be timed, what making each ready took, and which ones failed, with the reason."""
+    steps: dict[str, Step] = {}
+    ready: dict[str, Any] = {}
+    failed: dict[str, str] = {}
+    pool = torch.cuda.graph_pool_handle() if CUDA else None
+    captures = [name for name in names if WAYS[name].get("capture")]
+    for name in [*(name for name in names if name not in captures), *captures, *captures]:
+        start, graphs = time.perf_counter(), counters["stats"]["unique_graphs"]
+        try:
+            if name in steps:  # once more at the end: a capture that failed can have spoilt earlier ones
+                steps[name]()
+            elif name not in failed:
+                full = next((step for other, step in steps.items() if "lora" not in WAYS[other]), None)
+                steps[name] = Step(base, WAYS[name], ids, full, pool)
+                seconds, graphs = round(time.perf_counter() - start, 1), counters["stats"]["unique_graphs"] - graphs
+                ready[name] = {"ready_seconds": seconds, "compiled_graphs": graphs}
+                print(f"  {name}: ready after {seconds} s, {graphs} graphs compiled", flush=True)
+        except Exception as error:  # a way that this machine or version cannot go is a result too
+            failed[name] = reason(error)
+            steps.pop(name, None)
+            pool = torch.cuda.graph_pool_handle() if CUDA else None  # that of a failed capture is not used again
+            print(f"  {name} failed: {failed[name]}", flush=True)
+        gc.collect()
+    return steps, ready, failed
+
+
 def compare(base: Any, names: list[str], batch: int, tokens: int, rounds: int) -> dict[str, Any]:
     """One shape: every way's times in turns, its losses and its memory."""
     generator = torch.Generator().manual_seed(SEED)
     ids = torch.randint(base.config.vocab_size, (batch, tokens), generator=generator).to(DEVICE)
-    line: dict[str, Any] = {"batch": batch, "tokens": tokens, "ceiling_tflops": [ceiling()], "failed": {}}
-    steps: dict[str, Step] = {}
-    for name in names:
-        start = time.perf_counter()
-        try:
-            steps[name] = Step(base, WAYS[name], ids)
-            print(f"{batch}×{tokens}  {name}: ready after {time.perf_counter() - start:.0f} s", flush=True)
-        except Exception as error:  # a way that this machine or version cannot go is a result too
-            line["failed"][name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            print(f"{batch}×{tokens}  {name} failed: {line['failed'][name]}", flush=True)
-        gc.collect()
+    line: dict[str, Any] = {"batch": batch, "tokens": tokens, "asked": names, "ceiling_tflops": [ceiling()]}
+    steps, ready, line["failed"] = prepare(base, names, ids)
     times = paired_times(steps, rounds, warmup=2)
-    line["ceiling_tflops"].append(ceiling())
+    with suppress(RuntimeError):  # no random numbers, if a failed capture took them along
+        line["ceiling_tflops"].append(ceiling())
     weights = sum(p.numel() for p in base.parameters()) - base.get_input_embeddings().weight.numel()
     best = max(line["ceiling_tflops"])
-    held = sum(p.numel() * p.element_size() for p in base.parameters())
+    line["device_used_bytes"] = used()
     line["ways"] = {}
     for name, step in steps.items():
         flops = (4 if "lora" in WAYS[name] else 6) * weights * batch * tokens
-        line["ways"][name] = {
-            "trainable": step.trainable,
+        line["ways"][name] = ready[name] | {
+            "trainable": sum(p.numel() for p in step.trained),
             "steps_ms": [round(1e3 * seconds, 3) for seconds in times.seconds[name]],
             "share_of_ceiling": round(flops / median(times.seconds[name]) / 1e12 / best, 4),
             "against_full": round(times.ratio(name, "full"), 4) if "full" in steps else None,
-            "peak_bytes": held + step.peak if CUDA else 0,  # as if it were alone on the device
+            "peak_bytes": step.peak if CUDA else 0,
             "losses": [round(loss.item(), 4) for loss in step.losses[:6]],
         }
     return line
 
 
+def add(line: dict[str, Any], out: Path) -> None:
+    """Write the line into the record, in place of one that answers the same question."""
+    record: dict[str, Any] = {"what": __doc__.split("\n")[0], "seed": SEED, "r": R, "shapes": []}
+    if out.exists():
+        record = json.loads(out.read_text(encoding="utf-8"))
+    same = ("batch", "tokens", "asked")
+    record["shapes"] = [each for each in record["shapes"] if any(each[key] != line[key] for key in same)]
+    record["shapes"].append(line)
+    write_record(record, out)
+
+
+def shape(text: str) -> tuple[int, int]:
+    """ "4x512" → (4, 512)."""
+    batch, tokens = map(int, text.split("x"))
+    return batch, tokens
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "data" / "runs" / "speed_7b.json")
-    parser.add_argument("--shape", default="4x512", help="batch x tokens: 1x512, 4x512 or 16x512")
+    parser.add_argument("--shape", type=shape, nargs="+", help="batch x tokens, one or several, as 1x512 4x512 16x512")
     parser.add_argument("--ways", default=None, help="only these, separated by ';'")
     parser.add_argument("--rounds", type=int, default=24)
-    parser.add_argument("--toy", action="store_true", help="a tiny shape, to try the script")
+    parser.add_argument("--toy", action="store_true", help="a tiny model, to try the script")
     arguments = parser.parse_args()
     if not CUDA and not arguments.toy:
         print("speed_7b needs a GPU of 141 GB and found none: nothing was measured (--toy tries the script)")
         return
-    names = arguments.ways.split(";") if arguments.ways else list(WAYS)
-    if unknown := set(names) - WAYS.keys():
+    asked = arguments.ways.split(";") if arguments.ways else list(WAYS)
+    if unknown := set(asked) - WAYS.keys():
         parser.error(f"--ways: no way {min(unknown)!r}; there are: {'; '.join(WAYS)}")
-    batch, tokens = (2, 16) if arguments.toy else map(int, arguments.shape.split("x"))
-    torch._dynamo.config.recompile_limit = 64  # every way has compiled layers of its own
-    base = new_base(LlamaConfig(**TOY) if arguments.toy else LlamaConfig())
-    start = time.perf_counter()
-    line = compare(base, names, batch, tokens, arguments.rounds)
-    line["command"] = " ".join(["python", "benchmarks/speed_7b.py", *sys.argv[1:]])
-    line["machine"] = surroundings("bfloat16")
-    line["seconds"] = round(time.perf_counter() - start, 1)
-    record: dict[str, Any] = {"what": __doc__.split("\n")[0], "seed": SEED, "r": R, "shapes": []}
-    if arguments.out.exists():  # another shape, or other ways of this one that did not fit beside the first
-        record = json.loads(arguments.out.read_text(encoding="utf-8"))
-    same = (batch, tokens, names)
-    record["shapes"] = [each for each in record["shapes"] if (each["batch"], each["tokens"], each["asked"]) != same]
-    record["shapes"].append(line | {"asked": names})
-    write_record(record, arguments.out)
-    for name, way in line["ways"].items():
-        against = "" if way["against_full"] is None else f"{way['against_full']:.3f} of full"
-        print(
-            f"{batch}×{tokens}  {name:28} {median(way['steps_ms']):8.2f} ms  {against:14} "
-            f"{way['share_of_ceiling']:.3f} of the ceiling  {way['peak_bytes'] / 2**30:.2f} GiB"
-        )
+    torch._dynamo.config.recompile_limit = 64  # every way has compiled blocks of its own
+    base = new_base(LlamaConfig(**(TOY if arguments.toy else {}), attn_implementation=causal_attention()))
+    for batch, tokens in arguments.shape or [(2, 16) if arguments.toy else (4, 512)]:
+        names = asked
+        if batch * tokens > CAPTURED_UP_TO and not arguments.ways:
+            names = [name for name in asked if not WAYS[name].get("capture")]
+        print(f"{batch}×{tokens}", flush=True)
+        start = time.perf_counter()
+        line = compare(base, names, batch, tokens, arguments.rounds)
+        line["command"] = " ".join(["python", "benchmarks/speed_7b.py", *sys.argv[1:]])
+        line["machine"] = surroundings("bfloat16")
+        line["seconds"] = round(time.perf_counter() - start, 1)
+        add(line, arguments.out)
+        for name, way in line["ways"].items():
+            against = "" if way["against_full"] is None else f"{way['against_full']:.3f} of full"
+            print(
+                f"{batch}×{tokens}  {name:28} {median(way['steps_ms']):8.2f} ms  {against:14} "
+                f"{way['share_of_ceiling']:.3f} of the ceiling  {way['peak_bytes'] / 2**30:.2f} GiB",
+                flush=True,
+            )
+        torch.compiler.reset()
+        empty()
 
 
 if __name__ == "__main__":

@@ -61,8 +61,7 @@ def lora_linears(x: Tensor, layers: list[Layer], scalings: list[float], dropouts
     """``lora_linear`` of several layers that read the same x: one output for each."""
     device = x.device.type
     dtype = layers[0][0].dtype
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    if autocast and x.dtype != torch.float64:  # autocast leaves float64 alone
+    if _autocasts(device) and x.dtype != torch.float64:  # autocast leaves float64 alone
         dtype = torch.get_autocast_dtype(device)
         x = x.to(dtype)
     tensors = [t if t is None else t.to(dtype) for layer in layers for t in layer]
@@ -70,7 +69,7 @@ def lora_linears(x: Tensor, layers: list[Layer], scalings: list[float], dropouts
     masks = [None if p == 0 else _random_mask(x.numel() // x.shape[-1], x.shape[-1], p, x.device) for p in dropouts]
     # What dropout keeps is scaled up by 1 / keep; s takes that along.
     scalings = [s / keep if keep else 0.0 for s, keep in zip(scalings, keeps, strict=True)]
-    with torch.autocast(device, enabled=False) if autocast else nullcontext():
+    with torch.autocast(device, enabled=False) if _autocasts(device) else nullcontext():
         return _LoRALinears.apply(x, scalings, masks, *tensors)
 
 
@@ -101,7 +100,7 @@ class _LoRALinears(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         device = grads[0].device.type
-        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+        with torch.autocast(device, enabled=False) if _autocasts(device) else nullcontext():
             return _backward(ctx, [grad.reshape(-1, grad.shape[-1]) for grad in grads])
 
 
@@ -143,6 +142,11 @@ def _down(rows: Tensor, As: list[Tensor], masks: Sequence[Tensor | None]) -> lis
 def _fours(tensors: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
     for i in range(0, len(tensors), 4):
         yield tuple(tensors[i : i + 4])
+
+
+def _autocasts(device: str) -> bool:
+    """Whether autocast is on for this kind of device; the meta device, which computes nothing, has none."""
+    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def _kept_share(p: float) -> float:

@@ -11,7 +11,7 @@ PACKAGE = Path(lora_edu.__file__).parent
 FLOORS = {
     "matching": 0, "lab.bases": -1, "lab.datasets": 0, "lab.plots": 0,
     "lowrank": 1, "meta": 1, "counting": 2, "adapter": 1, "layer": 3,
-    "config": 4, "fast": 4, "fast_layers": 5, "extras": 5, "inject": 6,
+    "config": 4, "fast": 4, "fast_steps": 4, "fast_layers": 5, "extras": 5, "inject": 6,
     "merging": 7, "peft_io": 7, "diagnose": 8, "mixed": 8, "hotswap": 8,
     "lab.processes": 1, "lab.stopping": 0, "lab.training": 2, "lab.wheels": -2, "lab.paths": -2, "lab.serving": 9,
     "lab.records": 8, "lab.experiments": 7, "lab.sizes": 0, "lab.sweeps": 0, "lab.full_runs": 9,

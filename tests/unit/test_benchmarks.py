@@ -174,6 +174,28 @@ def test_speed_7b_runs_on_a_toy_and_adds_to_its_record(monkeypatch, capsys, tmp_
     assert ways["fast"]["against_full"] == pytest.approx(median(ratios), rel=1e-2)
 
 
+def test_speed_7b_measures_several_shapes_and_outlives_a_way_that_fails(monkeypatch, capsys, tmp_path):
+    """With many tokens no way is captured, unless it is asked for by name."""
+    speed_7b, out = script("speed_7b"), tmp_path / "toy.json"
+    fast = {"lora": "ours", "fast": True}
+    ways = {"fast, captured": fast | {"capture": True}, "full": {}, "full again": {}, "peft": {"lora": "peft"}}
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(speed_7b, "WAYS", ways)
+    monkeypatch.setattr(speed_7b, "CAPTURED_UP_TO", 16)
+    monkeypatch.setattr(speed_7b, "peft", None)  # not installed
+    arguments = ["--toy", "--shape", "1x16", "2x16", "--rounds", "2", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["speed_7b.py", *arguments])
+    speed_7b.main()
+    first, second = json.loads(out.read_text())["shapes"]
+    assert [(line["batch"], line["tokens"]) for line in (first, second)] == [(1, 16), (2, 16)]
+    assert list(first["ways"]) == ["full", "full again", "fast, captured"]  # captures come last
+    assert list(second["ways"]) == ["full", "full again"]
+    for line in (first, second):
+        assert line["failed"]["peft"].startswith("AttributeError")
+        assert all(len(way["steps_ms"]) == 2 and way["compiled_graphs"] == 0 for way in line["ways"].values())
+    assert "peft failed" in capsys.readouterr().out
+
+
 @pytest.mark.skipif(not RECORD.exists(), reason="data/runs/peft_speed.json is not recorded yet")
 def test_the_recorded_speeds_hold_together():
     record = json.loads(RECORD.read_text())
