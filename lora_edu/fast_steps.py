@@ -7,7 +7,6 @@ replays them with a single one. Neither changes what is computed.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -77,6 +76,7 @@ def capture_step(step: Callable[[], Tensor], warmup: int = 3, pool: Any = None) 
 
     Raises:
         RuntimeError: if there is no CUDA device, or the step cannot be captured; the first error of the chain says why.
+            After that PyTorch's memory and random numbers on this GPU are in disorder: begin again in a new process.
 
     Source: PyTorch's notes on CUDA, "Whole-network capture".
     """
@@ -90,27 +90,14 @@ def capture_step(step: Callable[[], Tensor], warmup: int = 3, pool: Any = None) 
             step()
     here.wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.stream(here), torch.cuda.graph(graph, pool=pool):  # the first one leads back, whatever happens
-            loss = step()
-    except BaseException:
-        _clean_up(pool)
-        raise
+    with torch.cuda.graph(graph, pool=pool):
+        loss = step()
 
     def replay() -> Tensor:
         graph.replay()
         return loss
 
     return replay
-
-
-def _clean_up(pool: Any) -> None:
-    """PyTorch leaves a capture that failed half open: memory that is not freed, random numbers that cannot be drawn."""
-    with suppress(RuntimeError):  # it is closed where the GPU was content and only the step's Python failed
-        torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
-        torch._C._cuda_releasePool(torch.cuda.current_device(), pool)
-    with torch.cuda.graph(torch.cuda.CUDAGraph()):  # one that succeeds sets the random numbers right
-        torch.zeros((), device="cuda")
 
 
 def _causal(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any) -> Any:

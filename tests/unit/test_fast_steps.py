@@ -175,22 +175,18 @@ def test_without_a_gpu_a_step_is_not_captured():
 
 
 class Device:
-    """Notes what is asked of the GPU. ``fails`` is what the end of a capture raises."""
+    """Notes what is asked of the GPU."""
 
-    def __init__(self, monkeypatch, fails=None):
-        self.log, self.fails, cuda = [], fails, torch.cuda
+    def __init__(self, monkeypatch):
+        self.log, cuda = [], torch.cuda
         stream = type("Stream", (), {"wait_stream": lambda stream, other: None})
         graph = type("Graph", (), {"replay": lambda graph: self.log.append("replay")})
-        for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
-            note = lambda device, pool, name=name: self.log.append((name, pool))  # noqa: E731
-            monkeypatch.setattr(torch._C, name, note, raising=False)
         for name, value in {
-            "is_available": lambda: True, "current_device": lambda: 0, "graph_pool_handle": lambda: (0, 1),
+            "is_available": lambda: True, "graph_pool_handle": lambda: (0, 1),
             "current_stream": stream, "Stream": stream, "CUDAGraph": graph,
             "stream": lambda which: self.noted("stream"), "graph": lambda graph, pool=None: self.capture(pool),
         }.items():  # fmt: skip
             monkeypatch.setattr(cuda, name, value)
-        monkeypatch.setattr(torch, "zeros", lambda *shape, device: self.log.append(f"zeros on {device}"))
 
     @contextmanager
     def noted(self, name):
@@ -202,12 +198,7 @@ class Device:
     @contextmanager
     def capture(self, pool):
         self.log.append(("capture", pool))
-        try:
-            yield
-        finally:
-            error, self.fails = self.fails, None
-            if error is not None:
-                raise error
+        yield
 
 
 @pytest.mark.parametrize("pool", [None, (0, 7)])
@@ -219,25 +210,7 @@ def test_a_captured_step_warms_up_elsewhere_and_is_then_replayed(pool, monkeypat
         return loss
 
     replay = capture_step(one, warmup=2, pool=pool)
-    assert gpu.log == ["step", "step", "stream left", ("capture", pool or (0, 1)), "step", "stream left"]
+    assert gpu.log == ["step", "step", "stream left", ("capture", pool or (0, 1)), "step"]
     del gpu.log[:]
     assert replay() is loss
     assert gpu.log == ["replay"]
-
-
-@pytest.mark.errors
-def test_a_capture_that_fails_is_closed(monkeypatch):
-    """Its memory, the random numbers and the stream are as before, and the cause is not lost."""
-    gpu = Device(monkeypatch, fails=RuntimeError("operation failed due to a previous error during capture"))
-    steps = iter([torch.tensor(1.0)])
-
-    def one():
-        for loss in steps:
-            return loss
-        raise RuntimeError("the cause")
-
-    with pytest.raises(RuntimeError, match="previous error") as caught:
-        capture_step(one, warmup=1, pool=(0, 7))
-    assert str(caught.value.__context__) == "the cause"
-    left = [("_cuda_endAllocateToPool", (0, 7)), ("_cuda_releasePool", (0, 7)), ("capture", None), "zeros on cuda"]
-    assert gpu.log[-5:] == ["stream left", *left]
