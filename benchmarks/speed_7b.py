@@ -59,6 +59,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "fast, captured": {"lora": "ours", "fast": True, "capture": True},
     "plain, compiled and captured": {"lora": "ours", "compile": True, "capture": True},
     "fast, compiled and captured": {"lora": "ours", "fast": True, "compile": True, "capture": True},
+    "full, compiled and captured": {"compile": True, "capture": True},
 }
 TOY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 256}
 

@@ -210,3 +210,27 @@ def test_the_recorded_speeds_hold_together():
     )
     readme = data_path("README.md").read_text(encoding="utf-8")
     assert hashlib.sha256(RECORD.read_bytes()).hexdigest() in re.findall(r"[0-9a-f]{64}", readme)
+
+
+def test_the_recorded_ways_hold_together():
+    """What the file concludes follows from its timed steps."""
+    path = data_path("runs", "speed_7b.json")
+    record = json.loads(path.read_text(encoding="utf-8"))
+    assert hashlib.sha256(path.read_bytes()).hexdigest() in data_path("README.md").read_text(encoding="utf-8")
+    assert [(line["batch"], line["tokens"]) for line in record["shapes"]] == [(4, 512), (1, 512)]
+    for line in record["shapes"]:
+        ways, full = line["ways"], line["ways"]["full"]
+        assert line["failed"] == {}
+        assert list(ways) == line["asked"]
+        assert set(ways) <= script("speed_7b").WAYS.keys()
+        assert re.fullmatch("[0-9a-f]{40}", line["machine"]["commit"])
+        weights = full["trainable"] - 32_000 * 4096  # the input embedding is a look-up, no product
+        for name, way in ways.items():
+            assert way["trainable"] == (full["trainable"] if "full" in name else 39_976_960)
+            ratios = [a / b for a, b in zip(way["steps_ms"], full["steps_ms"], strict=True)]
+            assert way["against_full"] == pytest.approx(median(ratios), abs=1e-3)
+            flops = (6 if "full" in name else 4) * weights * line["batch"] * line["tokens"]
+            share = flops / (1e9 * median(way["steps_ms"]) * max(line["ceiling_tflops"]))
+            assert way["share_of_ceiling"] == pytest.approx(share, rel=1e-3)
+            if "full" not in name:  # no more than PEFT's, but for 0.2 GiB that a graph keeps
+                assert way["peak_bytes"] <= ways["peft"]["peak_bytes"] + 0.2 * 2**30
