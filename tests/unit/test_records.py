@@ -230,7 +230,7 @@ def test_what_was_not_recorded_is_said(record, ask, says):
 
 @pytest.mark.errors
 def test_an_unknown_record_lists_the_known_ones():
-    with pytest.raises(FileNotFoundError, match=r"no record 'tiny'.*smollm2_finetuning, tiny_adapters, tiny_choices"):
+    with pytest.raises(FileNotFoundError, match=r"no record 'tiny'.*smollm2_finetuning.*tiny_adapters, tiny_choices"):
         read_record("tiny")
 
 
