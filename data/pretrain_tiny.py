@@ -5,6 +5,11 @@
     python data/pretrain_tiny.py train d192-long-decay   # one of the settings below, on a GPU (a few minutes)
     python data/pretrain_tiny.py finish d192-long-decay  # writes data/tiny/ and data/runs/tiny_pretraining.json
 
+    python data/pretrain_tiny.py run d192-long-decay     # the first two, and their record, as lora-edu full-run does
+
+The shipped setting trains for one or two minutes on an H100: killed in the middle, it begins again. ``run`` keeps what
+is prepared and writes under build/pretraining/ only; data/tiny/ and its record change by ``finish`` alone.
+
 The model reads WordNet's glosses, under every word of a synset, WordNet's example sentences, and the prose of the
 Python documentation. It never reads The Devil's Dictionary or the Jargon File: their training splits only help to
 choose the tokenizer's pieces, so that their punctuation is not cut into single bytes.
@@ -13,6 +18,7 @@ choose the tokenizer's pieces, so that their punctuation is not cut into single 
 import argparse
 import json
 import math
+import os
 import platform
 import random
 import sys
@@ -168,8 +174,51 @@ def train(name: str, out: Path, steps: int | None) -> None:
         "versions": {"torch": torch.__version__, "transformers": __import__("transformers").__version__},
         "log": log,
     }
-    save_file(weights, out / f"{name}.safetensors", metadata={"format": "pt", "record": json.dumps(record)})
+    unfinished = out / f"{name}.unfinished"  # not a .safetensors yet: whole, or not there
+    save_file(weights, unfinished, metadata={"format": "pt", "record": json.dumps(record)})
+    os.replace(unfinished, out / f"{name}.safetensors")
     print(name, record["parameters"], json.dumps(best), f"{seconds:.0f} s")
+
+
+def run(name: str, out: Path, steps: int | None, record: Path) -> None:
+    """Prepare if that is not done, train, and write the record; nothing outside of these places."""
+    if not torch.cuda.is_available() and steps is None:
+        print("tiny_pretraining needs a GPU and found none: nothing was trained (hours on a CPU; --steps 20 tries it)")
+        return
+    if record.resolve() == (HERE / "runs" / "tiny_pretraining.json").resolve():
+        sys.exit(f"{record} belongs to the weights in data/tiny: 'finish' writes both; give another --record")
+    if not ((WORK / "tokens.npz").exists() and (WORK / "facts.json").exists()):
+        prepared()
+    train(name, out, steps)
+    record.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = record.with_name(record.name + ".unfinished")
+    unfinished.write_text(json.dumps(report(name, records(out)), indent=1) + "\n", encoding="utf-8")
+    os.replace(unfinished, record)
+    print(f"recorded in {record}; data/tiny is as it was ('finish' would write it)")
+
+
+def prepared() -> None:
+    from pretraining_text import prepare  # not needed, nor its packages, on the machine that trains
+
+    prepare(WORK, VOCABULARY, BLOCK)
+
+
+def records(out: Path) -> dict[str, Any]:
+    """What was written down of every trained setting in the folder."""
+    from safetensors import safe_open
+
+    found = {}
+    for path in sorted(out.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            found[path.stem] = json.loads(file.metadata()["record"])
+    return found
+
+
+def report(name: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """What is recorded of the chosen setting, the text, and all settings."""
+    facts = json.loads((WORK / "facts.json").read_text())
+    command = f"python data/pretrain_tiny.py train {name}"
+    return {"chosen": name, "command": command, "text": facts, "settings": settings}
 
 
 # --- finish: what is committed ----------------------------------------------------------------------------------------
@@ -180,13 +229,10 @@ def finish(name: str, out: Path) -> None:
     from safetensors import safe_open
     from transformers import AutoTokenizer
 
-    records = {}
-    for path in sorted(out.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            records[path.stem] = json.loads(file.metadata()["record"])
+    settings = records(out)
     with safe_open(out / f"{name}.safetensors", "pt") as file:
         weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-    model = llama(records[name]["setting"]).to(torch.bfloat16)
+    model = llama(settings[name]["setting"]).to(torch.bfloat16)
     missing, unexpected = model.load_state_dict(weights, strict=False)
     if unexpected or missing not in ([], ["lm_head.weight"]):
         sys.exit(f"{name}: the file does not fit the model; missing {missing}, unexpected {unexpected}")
@@ -198,34 +244,28 @@ def finish(name: str, out: Path) -> None:
     about.write_text(json.dumps(kept | {"tokenizer_class": "PreTrainedTokenizerFast"}, indent=2) + "\n")
     for path in (HERE / "tiny").iterdir():
         path.chmod(0o644)
-    facts = json.loads((WORK / "facts.json").read_text())
-    report = {
-        "chosen": name,
-        "command": f"python data/pretrain_tiny.py train {name}",
-        "text": facts,
-        "settings": records,
-    }
     (HERE / "runs").mkdir(exist_ok=True)
-    (HERE / "runs" / "tiny_pretraining.json").write_text(json.dumps(report, indent=1) + "\n")
+    (HERE / "runs" / "tiny_pretraining.json").write_text(json.dumps(report(name, settings), indent=1) + "\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=("prepare", "train", "finish"))
-    parser.add_argument("setting", nargs="?", choices=tuple(SETTINGS), help="needed by train and finish")
+    parser.add_argument("step", choices=("prepare", "train", "finish", "run"))
+    parser.add_argument("setting", nargs="?", choices=tuple(SETTINGS), help="needed by all but prepare")
     parser.add_argument("--out", type=Path, default=WORK / "models", help="where trained settings are kept")
+    parser.add_argument("--record", type=Path, default=WORK / "tiny_pretraining.json", help="what run writes")
     parser.add_argument("--steps", type=int, help="fewer steps, to try the script")
     arguments = parser.parse_args()
     if arguments.step == "prepare":
-        from pretraining_text import prepare  # not needed, nor its packages, on the machine that trains
-
-        prepare(WORK, VOCABULARY, BLOCK)
+        prepared()
     elif not arguments.setting:
         parser.error(f"{arguments.step} needs a setting: {', '.join(SETTINGS)}")
     else:
         arguments.out.mkdir(parents=True, exist_ok=True)
         if arguments.step == "train":
             train(arguments.setting, arguments.out, arguments.steps)
+        elif arguments.step == "run":
+            run(arguments.setting, arguments.out, arguments.steps, arguments.record)
         else:
             finish(arguments.setting, arguments.out)
 

@@ -94,30 +94,49 @@ for command in (memory, handout, grade, progress):
     app.command()(command)
 
 
-@app.command("full-run")
+@app.command("full-run", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 @friendly
 def full_run(
-    name: Annotated[
-        str | None, typer.Argument(help="Which sweep; without it, they are listed with their cost.")
+    context: typer.Context,
+    name: Annotated[str | None, typer.Argument(help="Which recording; without it, all are listed.")] = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Runs of a sweep at a time; six share a large GPU well.")
     ] = None,
-    processes: Annotated[int, typer.Option(min=1, help="Runs at a time; six share a large GPU well.")] = 1,
     minutes: Annotated[float | None, typer.Option(help="Begin no further run after so many minutes.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write and resume this file, not data/runs/NAME.json.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Another base for a sweep: a hub id, a folder or a name of the course.")
+    ] = None,
 ) -> None:
-    """Record a sweep of training runs, as lessons 07 and 10 plot them, or go on with one: the GPU path.
+    """Record what the lessons plot beside their own runs, or go on with it: the GPU path.
 
-    Every finished run is in the file at once. Stopped or killed, the same command goes on where it was.
+    A sweep, whose finished runs are in the file at once, or a script, which takes its own options too. Stopped or
+    killed, the same command goes on where it was.
     """
-    from lora_edu.lab import full_runs
+    from lora_edu.lab import full_runs, scripts
+    from lora_edu.lab.sweeps import WHAT
 
-    if name is not None:
-        console.print(full_runs.ending(full_runs.full_run(name, out, processes, minutes)))
-        return
-    for sweep in full_runs.SWEEPS:
-        cost = full_runs.cost(sweep)
-        size = f"{cost.runs:4} runs ({cost.recorded} recorded), {cost.steps:6,} steps"
-        console.print(f"{sweep:20} {size}, about {cost.hours:.1f} h on two cores", markup=False)
-    console.print("The hours are those of the training steps; evaluations come on top. A GPU takes a fraction of them.")
+    more = tuple(context.args)
+    if name is None:
+        for sweep in full_runs.SWEEPS:
+            cost = full_runs.cost(sweep)
+            size = f"{cost.runs} runs ({cost.recorded} recorded), {cost.steps:,} steps"
+            console.print(f"{sweep:20} {WHAT[sweep]}; {size}, about {cost.hours:.1f} h on two cores", markup=False)
+        for script in scripts.SCRIPTS:
+            console.print(f"{script:20} {scripts.line(script)}", markup=False)
+        console.print("The hours are those of the sweeps' training steps; evaluations come on top.")
+        console.print("A GPU takes a fraction of them.")
+    elif name in scripts.SCRIPTS:
+        for option, value in {"--processes": processes, "--base": base}.items():
+            if value is not None:
+                fail(f"{name} takes no {option}: {scripts.accepted(name)}")
+        scripts.run_script(name, out, minutes, more)
+    elif name not in full_runs.SWEEPS:
+        fail(f"unknown recording {name!r}; there are: {', '.join([*full_runs.SWEEPS, *scripts.SCRIPTS])}")
+    elif more:
+        fail(f"{name} takes no {more[0]}: a sweep takes --processes, --minutes, --out and --base")
+    else:
+        console.print(full_runs.ending(full_runs.full_run(name, out, processes or 1, minutes, base)))
 
 
 @app.command()

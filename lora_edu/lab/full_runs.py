@@ -2,9 +2,10 @@
 
     lora-edu full-run                                            # what there is, and what it costs
     lora-edu full-run smollm2_finetuning --processes 6 --minutes 9
+    lora-edu full-run smollm2_finetuning --base ORGANISATION/MODEL   # another base, into a file of its own
     python -m lora_edu.lab.full_runs smollm2_finetuning --processes 6 --minutes 9
 
-The second form does the same on a machine that has what training needs and no more (no typer, no notebooks): a GPU that
+The last form does the same on a machine that has what training needs and no more (no typer, no notebooks): a GPU that
 is borrowed for an hour. The records were made with it, and name it.
 
     accelerate launch --config_file data/accelerate/ddp.yaml --num_processes 2 -m lora_edu.lab.full_runs NAME
@@ -21,6 +22,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import re
 import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -67,23 +69,26 @@ def cost(name: str) -> Cost:
     return Cost(len(wanted), len(_record(name, path)["runs"]), steps, seconds / 3600)
 
 
-def full_run(name: str, out: Path | None = None, processes: int = 1, minutes: float | None = None) -> bool:
+def full_run(
+    name: str, out: Path | None = None, processes: int = 1, minutes: float | None = None, base: str | None = None
+) -> bool:
     """Do what is missing of a sweep; True when nothing is.
 
     Args:
         name: one of ``SWEEPS``.
-        out: the file to write and to resume from; default ``data/runs/NAME.json``.
+        out: the file to write and to resume from; default ``data/runs/NAME.json``, with ``base`` ``NAME-BASE.json``.
         processes: how many runs at a time, each on one thread. One run leaves most of a GPU idle: six share it well.
             Several GPUs take the runs in turn.
         minutes: begin no further run after this long.
+        base: another base model than the sweep's own; see ``sweeps.jobs``.
 
     Under ``accelerate launch`` all processes call this and train each run together; the main one decides which run is
     next, and alone reads and writes the file.
 
     Raises:
-        ValueError: for an unknown name, a number out of range, ``processes`` above 1 under ``accelerate launch``, or a
-            file that is no record of this sweep.
-        FileNotFoundError: if the file's folder does not exist.
+        ValueError: for an unknown name, a number out of range, ``processes`` above 1 under ``accelerate launch``, a
+            base that does not fit, or a file that is no record of this sweep.
+        FileNotFoundError: if the file's folder does not exist, or the base is not here.
         RuntimeError: if another command writes this file, or a run failed; what had finished is recorded.
     """
     if processes < 1:
@@ -95,14 +100,14 @@ def full_run(name: str, out: Path | None = None, processes: int = 1, minutes: fl
             f"processes={processes} under accelerate launch: its {together().num_processes} processes do each run "
             f"together. Leave processes at 1, or start python -m lora_edu.lab.full_runs {name} --processes {processes}"
         )
-    path = out or data_path("runs", f"{name}.json")
-    wanted = jobs(name)
+    path = out or data_path("runs", f"{_file_name(name, base)}.json")
+    wanted = jobs(name, base)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"no folder {path.parent} to write {path.name} into: make it, or name another file")
     if not together().is_main_process:
         return _follow()
     with alone(path):
-        record = _record(name, path)
+        record = _record(name, path, base)
         done = {_key(line["job"]) for line in record["runs"]}
         todo = [job for job in wanted if _key(job) not in done]
         work = _lead if together().num_processes > 1 else _work
@@ -224,9 +229,17 @@ def _key(job: Job) -> str:
     return json.dumps(job, sort_keys=True)
 
 
-def _record(name: str, path: Path) -> dict[str, Any]:
+def _file_name(name: str, base: str | None) -> str:
+    """NAME, or NAME-BASE for another base: the shipped records hold the sweeps' own bases."""
+    if base is None:
+        return name
+    called = Path(base).resolve().name if Path(base).is_dir() else base
+    return f"{name}-{re.sub('[^a-z0-9.]+', '-', called.lower()).strip('-.')}"
+
+
+def _record(name: str, path: Path, base: str | None = None) -> dict[str, Any]:
     """The record so far, or an empty one; never a file that something else wrote."""
-    command = f"python -m lora_edu.lab.full_runs {name}"
+    command = f"python -m lora_edu.lab.full_runs {name}" + (f" --base {base}" if base else "")
     record: dict[str, Any] = {"command": command, "defaults": DEFAULTS, "machines": [], "runs": []}
     if not path.exists():
         return record
@@ -239,7 +252,7 @@ def _record(name: str, path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} is no record of a sweep ({type(error).__name__}: {error}): name another file"
         ) from None
-    if strange := keys - {_key(job) for job in jobs(name)}:
+    if strange := keys - {_key(job) for job in jobs(name, base)}:
         raise ValueError(
             f"{path} holds {len(strange)} runs that are no jobs of {name}, one of them {min(strange)}: take them out, "
             "or name another file"
@@ -263,8 +276,9 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--minutes", type=float)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--base", help="any base model instead of the sweep's own")
     given = parser.parse_args()
-    complete = full_run(given.name, given.out, given.processes, given.minutes)
+    complete = full_run(given.name, given.out, given.processes, given.minutes, given.base)
     if together().is_main_process:
         print(ending(complete))
     together().wait_for_everyone()

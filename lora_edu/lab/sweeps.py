@@ -4,6 +4,13 @@ from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
+from torch import nn
+
+from lora_edu.counting import lora_parameters
+from lora_edu.lab.bases import list_bases, require_base
+from lora_edu.matching import linear_endings
+from lora_edu.meta import load_config, meta_model
+
 Job = dict[str, Any]
 SEEDS = (0, 1, 2)
 FIVE_SEEDS = (*SEEDS, 3, 4)
@@ -25,15 +32,58 @@ SAME_BUDGET = {
 }
 
 
-def jobs(name: str) -> list[Job]:
+def jobs(name: str, base: str | None = None) -> list[Job]:
     """Every run of a sweep, a whole seed before the next: a sweep that is cut short still compares like with like.
 
+    Args:
+        name: one of ``SWEEPS``.
+        base: another base model than the sweep's own: any name, id or folder that ``load_base`` takes. Tasks, steps
+            and rates stay; ranks of different targets are set to train as much as r = 8 on all of its linear layers.
+
     Raises:
-        ValueError: for an unknown name.
+        ValueError: for an unknown name, or a base that is no language model, or lacks the layers that the sweep names.
+        FileNotFoundError: for a named base that is not on this machine.
     """
     if name not in SWEEPS:
         raise ValueError(f"unknown sweep {name!r}; there are: {', '.join(SWEEPS)}")
-    return [{"part": part} | job for part, job in SWEEPS[name]()]
+    listed = [{"part": part} | job for part, job in SWEEPS[name]()]
+    return listed if base is None else _with_base(name, listed, base)
+
+
+def _with_base(name: str, listed: list[Job], base: str) -> list[Job]:
+    """The same jobs for another base."""
+    model = _without_weights(base)
+    there = linear_endings(dict(model.named_modules()))
+    if not any(each.endswith(("ForCausalLM", "LMHeadModel")) for each in model.config.architectures or []):
+        raise ValueError(f"base {base!r} is a {type(model).__name__}: {name} trains language models")
+    missing = [ending for ending in TARGETS["q, k, v, o"] + TARGETS["gate, up, down"] if ending not in there]
+    if missing and any(job["part"] in ("targets", "inside") for job in listed):
+        raise ValueError(
+            f"base {base!r} is a {type(model).__name__} without {', '.join(missing)}; its linear layers are "
+            f"{', '.join(there)}. {name} compares layers by the names that Llama-like models have; "
+            "smollm2_finetuning adapts all linear layers, whatever their names"
+        )
+    ranks = {} if missing else SAME_BUDGET.get(base) or same_budget(model)
+    found = []
+    for job in listed:
+        job = job | {"base": base}
+        if job["part"] == "targets":
+            r = next(ranks[place] for place, targets in TARGETS.items() if targets == job["targets"])
+            job |= {"r": r, "lora_alpha": 2 * r}
+        found.append(job)
+    return found
+
+
+def _without_weights(base: str) -> Any:
+    """The base as a model without weights, from its config alone."""
+    named = base in {each.name for each in list_bases()}
+    return meta_model(load_config(require_base(base) if named else base))
+
+
+def same_budget(model: nn.Module) -> dict[str, int]:
+    """The rank for each of ``TARGETS`` that comes closest to training as much as r = 8 on all linear layers."""
+    budget = lora_parameters(model, 8, "all-linear")
+    return {name: max(1, round(budget / lora_parameters(model, 1, targets))) for name, targets in TARGETS.items()}
 
 
 def _finetuning() -> Iterator[tuple[str, Job]]:
@@ -88,6 +138,11 @@ def _smollm2_choices() -> Iterator[tuple[str, Job]]:
     yield from _choices("smollm2-135m", "devils_dictionary", 80, rates, full_rates, FIVE_SEEDS)
 
 
+WHAT = {  # in a word, and what each needs
+    "smollm2_finetuning": "lessons 04, 07: full fine-tuning and LoRA over rates; needs the base smollm2-135m",
+    "smollm2_choices": "lesson 10: one choice at a time; needs the base smollm2-135m",
+    "tiny_choices": "lesson 10: one choice at a time, with the base tiny",
+}
 SWEEPS = {
     "smollm2_finetuning": _finetuning,
     "smollm2_choices": _smollm2_choices,

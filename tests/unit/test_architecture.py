@@ -14,7 +14,7 @@ FLOORS = {
     "config": 4, "fast": 4, "fast_steps": 4, "fast_layers": 5, "extras": 5, "inject": 6,
     "merging": 7, "peft_io": 7, "diagnose": 8, "mixed": 8, "hotswap": 8,
     "lab.processes": 1, "lab.stopping": 0, "lab.training": 2, "lab.wheels": -2, "lab.paths": -2, "lab.serving": 9,
-    "lab.records": 8, "lab.experiments": 7, "lab.sizes": 0, "lab.sweeps": 0, "lab.full_runs": 9,
+    "lab.records": 8, "lab.experiments": 7, "lab.sizes": 0, "lab.sweeps": 3, "lab.scripts": 0, "lab.full_runs": 9,
     "measure": 0, "flops": 0, "activations": 3, "memory": 4,
     "course": 10,
 }  # fmt: skip

@@ -59,8 +59,16 @@ def test_help(command):
         (["bases", "fetch", "nothing"], "nothing"),
         (
             ["full-run", "nothing"],
-            "unknown sweep 'nothing'; there are: smollm2_finetuning, smollm2_choices, tiny_choices",
+            "unknown recording 'nothing'; there are: smollm2_finetuning, smollm2_choices, tiny_choices, "
+            "tiny_pretraining, memory_7b, speed_7b, scaling",
         ),
+        (["full-run", "tiny_choices", "--shapes", "7b"], "tiny_choices takes no --shapes: a sweep takes --processes"),
+        (["full-run", "tiny_choices", "--base", "gpt2"], "GPT2LMHeadModel without q_proj, k_proj"),
+        (["full-run", "memory_7b", "--processes", "2"], "memory_7b takes no --processes: it takes --out, --minutes"),
+        (["full-run", "speed_7b", "--base", "tiny"], "speed_7b takes no --base: it takes --out and the options that"),
+        (["full-run", "speed_7b", "--minutes", "2"], "speed_7b takes no --minutes: it takes --out and the options"),
+        (["full-run", "memory_7b", "--minutes", "0"], "minutes=0.0"),
+        (["full-run", "memory_7b", "--shapes", "8b"], "memory_7b ended with code 2: see what benchmarks/memory_7b.py"),
         (["full-run", "tiny_choices", "--minutes", "0"], "minutes=0.0"),
         (["full-run", "tiny_choices", "--out", "nowhere/file.json"], "no folder nowhere"),
         (["count", "llama-7b", "--r", "0"], "0"),
@@ -104,6 +112,10 @@ def test_count():
 def test_full_run_lists_what_there_is_and_what_it_costs():
     result = call("full-run")
     assert result.exit_code == 0
+    assert len(result.stdout.splitlines()) == 3 + 4 + 2
+    for name in ("tiny_pretraining", "memory_7b", "speed_7b", "scaling"):
+        (line,) = [line for line in result.stdout.splitlines() if line.startswith(name)]
+        assert " recorded; needs " in line
     for name, runs in {"smollm2_finetuning": 55, "smollm2_choices": 456, "tiny_choices": 310}.items():
         (line,) = [line for line in result.stdout.splitlines() if line.startswith(name)]
         assert f"{runs} runs" in line
@@ -116,9 +128,10 @@ def test_full_run_hands_its_options_on(monkeypatch, tmp_path, complete, words):
     asked = []
     monkeypatch.setattr("lora_edu.lab.full_runs.full_run", lambda *given: asked.append(given) or complete)
     out = tmp_path / "out.json"
-    result = call("full-run", "tiny_choices", "--processes", "3", "--minutes", "1.5", "--out", str(out))
+    options = ("--processes", "3", "--minutes", "1.5", "--out", str(out), "--base", "a/b")
+    result = call("full-run", "tiny_choices", *options)
     assert result.exit_code == 0
-    assert asked == [("tiny_choices", out, 3, 1.5)]
+    assert asked == [("tiny_choices", out, 3, 1.5, "a/b")]
     assert words in result.stdout
     assert call("full-run", "tiny_choices", "--processes", "0").exit_code == 2
 
