@@ -21,8 +21,9 @@ from safetensors.torch import load_file
 
 from lora_edu.counting import lora_parameters
 from lora_edu.lab import experiments, full_runs, records, sweeps
-from lora_edu.lab.bases import data_path
+from lora_edu.lab.bases import data_path, list_bases, load_base
 from lora_edu.lab.records import by, described, pick, read_record, spread, surroundings
+from lora_edu.lab.training import evaluate
 
 ADAPTER = "smollm2-devils-dictionary"
 
@@ -259,6 +260,34 @@ def test_a_run_records_what_it_was_asked_for(small):
     torch.rand(5)  # what the caller drew before does not matter
     assert experiments.run(job) == result
     assert experiments.run(job | {"seed": 1})["train_loss"] != result["train_loss"]
+
+
+def test_the_punctuated_definitions_differ_by_a_capital_letter_and_one_full_stop(small):
+    plain, done = {"word": "cat", "definition": "an animal"}, {"word": "ox", "definition": "Another."}
+    assert experiments.punctuated(plain) == {"word": "cat", "definition": "An animal."}
+    assert experiments.punctuated(done) == done
+    _, tokenizer = load_base("tiny")
+    _, splits = experiments._loaded("tiny", "devils_dictionary")
+    capitals = 0
+    for one, other in zip(splits["plain"], splits["punctuated"], strict=True):
+        text, with_marks = (tokenizer.decode(row["input_ids"], skip_special_tokens=True) for row in (one, other))
+        assert not text.endswith(".")
+        assert with_marks.lower() == f"{text}.".lower()
+        capitals += with_marks != f"{text}."
+    assert capitals > 0.8 * len(splits["plain"])  # the others begin with a bracket
+
+
+@pytest.mark.skipif(
+    os.environ.get("CI") != "true" and not next(b for b in list_bases() if b.name == "smollm2-135m").present,
+    reason="the base smollm2-135m is not here: lora-edu bases fetch",
+)
+def test_the_recorded_losses_begin_with_the_base_as_it_is_here():
+    """The GPU read the same texts, in the same form, as this machine."""
+    base, splits = experiments._loaded("smollm2-135m", "devils_dictionary")
+    for name in ("plain", "punctuated"):
+        recorded = {line["curves"][name][0] for line in read_record("smollm2_finetuning")["runs"]}
+        assert len(recorded) == 1
+        assert evaluate(base, splits[name]) == pytest.approx(recorded.pop(), abs=5e-3)  # TF32 there
 
 
 def test_full_fine_tuning_trains_every_weight_of_a_fresh_copy(small):
