@@ -21,7 +21,6 @@ refuses such a model.
 
 import argparse
 import gc
-import json
 import math
 import platform
 import statistics
@@ -29,8 +28,6 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable
-from datetime import date
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -38,14 +35,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_edu import LoraConfig, count_parameters, inject
 from lora_edu.adapter import AdapterLayer
 from lora_edu.lab.processes import alone
-from lora_edu.lab.records import commit, write_record
+from lora_edu.lab.records import provenance, resumed, write_record
 from lora_edu.memory import training_memory
 from lora_edu.meta import load_config, meta_model
 
@@ -336,44 +332,8 @@ def key(line: Line) -> tuple[Any, ...]:
 def about(arguments: argparse.Namespace) -> dict[str, Any]:
     """What was called, when, and where."""
     device = torch.cuda.get_device_properties(0) if CUDA else None
-    libraries = {name: version(name) for name in ("bitsandbytes", "peft") if find_spec(name)}
-    return {
-        "command": " ".join(["python", "benchmarks/memory_7b.py", *sys.argv[1:]]),
-        "date": date.today().isoformat(),
-        "commit": arguments.commit or commit(),
-        "hardware": f"{device.name}, {device.total_memory / 2**30:.0f} GiB" if device else platform.machine(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "cuda": torch.version.cuda,
-        }
-        | libraries,
-    }
-
-
-def resumed(out: Path, record: dict[str, Any]) -> dict[str, Any]:
-    """The record in the file, if there is one and its lines can stand beside those that this command measures.
-
-    Raises:
-        ValueError: if the file holds something else, or was recorded elsewhere or otherwise.
-    """
-    if not out.exists():
-        return record
-    try:
-        found = json.loads(out.read_text(encoding="utf-8"))
-        pairs = {name: (found[name], record[name]) for name in ("hardware", "seed", "config", "steps", "warmup")}
-        pairs["torch"] = (found["versions"]["torch"], record["versions"]["torch"])
-        for line in [*found["runs"], *found.get("further_runs", [])]:
-            key(line)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{out} is no record of memory_7b ({type(error).__name__}: {error}): name another") from None
-    if other := [f"{name} {there!r}, now {here!r}" for name, (there, here) in pairs.items() if there != here]:
-        raise ValueError(
-            f"{out} was recorded with {'; '.join(other)}: lines that cannot be compared do not go into one file. "
-            "Name another file with --out"
-        )
-    return found
+    hardware = f"{device.name}, {device.total_memory / 2**30:.0f} GiB" if device else platform.machine()
+    return provenance("benchmarks/memory_7b.py", hardware, arguments.commit, "bitsandbytes", "peft")
 
 
 def fill(record: dict[str, Any], todo: list[Line], configs: dict[str, LlamaConfig], arguments: Any) -> bool:
@@ -477,7 +437,7 @@ def main() -> None:
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     with alone(arguments.out):
         try:
-            record = resumed(arguments.out, new)
+            record = resumed(arguments.out, new, ("hardware", "seed", "config", "steps", "warmup"))
         except ValueError as error:
             if arguments.out != OUT:
                 parser.error(str(error))

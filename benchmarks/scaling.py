@@ -6,11 +6,12 @@
 Every GPU gets the same batch, so that N of them do N times the work of one (weak scaling). Each line is a launch of its
 own, with the configurations in data/accelerate/; the first one is a single process that knows of no other. The weights
 are random: neither bytes nor times depend on their values. The file is written anew after every launch, whole or not
-at all, and keeps every timed step of every GPU.
+at all, and keeps every timed step of every GPU. Stopped, killed, or after a launch that failed, the same command keeps
+the launches that are there and makes the others.
 
 Bytes are those that each GPU sends in one step, worked out from the sizes, with the ring algorithms: an all-reduce of n
 bytes over N GPUs sends 2(N - 1)/N · n from each, an all-gather or a reduce-scatter (N - 1)/N · n. What the collectives
-were really called with in one step is counted beside it.
+were really called with in one step is counted beside it, and how fast one all-gather is by itself.
 """
 
 import argparse
@@ -23,15 +24,12 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import accelerate
 import torch
-import transformers
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -40,7 +38,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_edu import LoraConfig, inject
 from lora_edu.lab.processes import new_accelerator, shard_on_the_cpu, together
-from lora_edu.lab.records import commit, write_record
+from lora_edu.lab.records import provenance, resumed, write_record
 
 ROOT = Path(__file__).resolve().parents[1]
 SEED = 0
@@ -122,6 +120,20 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def link_speed(device: torch.device, gpus: int) -> float:
+    """Bytes that each GPU sends in a second of an all-gather while nothing else runs: the best of ten."""
+    own = torch.zeros(2**28 if CUDA else 2**16, dtype=torch.uint8, device=device)
+    whole = own.new_empty(gpus * own.numel())
+    seconds = []
+    for _ in range(10):
+        together().wait_for_everyone()
+        start = time.perf_counter()
+        torch.distributed.all_gather_into_tensor(whole, own)
+        synchronize()
+        seconds.append(time.perf_counter() - start)
+    return round((gpus - 1) * own.numel() / min(seconds))
+
+
 def measure(model: Any, optimizer: Any, vocabulary: int, batch: int, tokens: int, arguments: Any) -> dict[str, Any]:
     """Times and peak memory of training steps at one batch, from every GPU."""
     here = together()
@@ -175,8 +187,9 @@ def worker(arguments: argparse.Namespace) -> None:
     accelerator = new_accelerator()
     if not CUDA:
         torch.set_num_threads(1)
-    model: Any = new_model(arguments.shape, accelerator.device)
     gpus = accelerator.num_processes
+    link = {} if arguments.worker == "alone" else {"link_bytes_per_second": link_speed(accelerator.device, gpus)}
+    model: Any = new_model(arguments.shape, accelerator.device)
     line = {
         "shape": arguments.shape,
         "way": arguments.worker,
@@ -184,6 +197,7 @@ def worker(arguments: argparse.Namespace) -> None:
         "parameters": sum(p.numel() for p in model.parameters()),
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "sent_bytes": sent(model, arguments.worker, gpus),
+        **link,
     }
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer: Any = torch.optim.AdamW(trained, lr=1e-5, weight_decay=0.0, fused=CUDA)
@@ -249,7 +263,7 @@ def main() -> None:
     parser.add_argument("--toy", action="store_true", help="a tiny shape on two processes, to try the script")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--warmup", type=int, default=4)
-    parser.add_argument("--seconds", type=float, default=900, help="start no further launch after so many seconds")
+    parser.add_argument("--seconds", type=float, default=260, help="start no further launch after so many seconds")
     parser.add_argument("--timeout", type=float, default=280, help="seconds after which a launch is given up")
     parser.add_argument("--commit", default=None, help="what to record as the commit, where git cannot tell")
     parser.add_argument("--worker", choices=["alone", "ddp", "fsdp"], help=argparse.SUPPRESS)
@@ -266,45 +280,54 @@ def main() -> None:
     shapes = ["toy"] if arguments.toy else arguments.shapes
     launches = [(shape, "alone", 1) for shape in shapes]
     launches += [(shape, way, gpus) for gpus in arguments.gpus for shape in shapes for way in ("ddp", "fsdp")]
-    record: dict[str, Any] = {
+    hardware = f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}" if CUDA else platform.machine()
+    session = provenance("benchmarks/scaling.py", hardware, arguments.commit, "accelerate")
+    session["versions"]["nccl"] = ".".join(map(str, torch.cuda.nccl.version())) if CUDA else None
+    new: dict[str, Any] = {
         "what": "LoRA training steps on several GPUs, each with the same batch; random weights in bf16, no dropout",
-        "command": " ".join(["python", "benchmarks/scaling.py", *sys.argv[1:]]),
-        "date": date.today().isoformat(),
-        "commit": arguments.commit or commit(),
-        "hardware": f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}" if CUDA else platform.machine(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "accelerate": accelerate.__version__,
-            "cuda": torch.version.cuda,
-            "nccl": ".".join(map(str, torch.cuda.nccl.version())) if CUDA else None,
-        },
+        **session,
         "seed": SEED,
         "rank": RANK,
-        "shapes": {shape: SHAPES[shape] for shape in shapes},
+        "shapes": {shape: SHAPES[shape] for shape in (["toy"] if arguments.toy else ["1B", "7B"])},
         "steps": arguments.steps,
         "warmup": arguments.warmup,
         "runs": [],
     }
-    for shape, way, gpus in launches:
-        if record["runs"] and time.perf_counter() - start > arguments.seconds:  # never before the first
-            print(f"no time left for {shape}, {way} on {gpus}")
+    try:
+        record = resumed(arguments.out, new, ("hardware", "seed", "rank", "shapes", "steps", "warmup"))
+    except ValueError as error:
+        parser.error(str(error))
+    done = {(line["shape"], line["way"], line["gpus"]) for line in record["runs"]}
+    if done:
+        record.setdefault("continued", []).append(session)
+    else:
+        session = record
+    failed = []
+    for shape, way, gpus in [launch for launch in launches if launch not in done]:
+        if len(record["runs"]) and time.perf_counter() - start > arguments.seconds:  # never before the first
+            print(f"no time left for {shape}, {way} on {gpus}; the same command goes on")
             continue
-        lines = launched(way, gpus, shape, arguments)
+        try:
+            lines = launched(way, gpus, shape, arguments)
+        except RuntimeError as error:
+            print(error, flush=True)
+            failed.append(f"{shape}, {way} on {gpus}")
+            continue
         record["runs"] += lines
         with_efficiency(record["runs"])
-        record["seconds"] = round(time.perf_counter() - start, 1)
+        session["seconds"] = round(time.perf_counter() - start, 1)
         write_record(record, arguments.out)
         for line in lines:
             peak = max((each["peak_bytes"] for each in line.get("gpus_measured", [])), default=0)
             print(
-                f"{record['seconds']:6.1f} s  {shape:4} {way:5} on {gpus}  {line['rows_per_gpu']:2}×"
+                f"{session['seconds']:6.1f} s  {shape:4} {way:5} on {gpus}  {line['rows_per_gpu']:2}×"
                 f"{line['tokens_per_row']}  {line.get('step_ms', 'out of memory')} ms  "
                 f"efficiency {line.get('efficiency', 0):.3f}  {peak / 2**30:.2f} GiB  "
                 f"{sum(line['sent_bytes'].values()) / 2**20:.1f} MiB sent",
                 flush=True,
             )
+    if failed:
+        sys.exit(f"failed: {'; '.join(failed)}. Their own words stand above; the same command tries them again")
 
 
 if __name__ == "__main__":

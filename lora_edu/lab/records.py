@@ -8,10 +8,12 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import date
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -155,6 +157,48 @@ def commit() -> str:
         return "unknown"
     # A package that is installed somewhere inside another project's repository must not name that one's commit.
     return found[1] if len(found) > 1 and os.path.samefile(found[0], root) else "unknown"
+
+
+def provenance(script: str, hardware: str, given_commit: str | None, *libraries: str) -> dict[str, Any]:
+    """How, when and where a benchmark's lines were measured: with the arguments that this process was started with.
+
+    ``libraries`` are further ones that the figures depend on; those that are not installed are left out.
+    """
+    named = [name for name in ("transformers", *libraries) if find_spec(name)]
+    return {
+        "command": " ".join(["python", script, *sys.argv[1:]]),
+        "date": date.today().isoformat(),
+        "commit": given_commit or commit(),
+        "hardware": hardware,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
+        | {name: version(name) for name in named},
+    }
+
+
+def resumed(path: Path, new: dict[str, Any], same: Sequence[str]) -> dict[str, Any]:
+    """The record in the file, to be gone on with; ``new`` if there is none.
+
+    Lines of one file are compared with each other, so they come from one version of PyTorch, and what ``same`` names
+    (the hardware, the number of steps) is what it was.
+
+    Raises:
+        ValueError: if the file holds something else, or was recorded elsewhere or otherwise.
+    """
+    if not path.exists():
+        return new
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        pairs = {name: (found[name], new[name]) for name in same}
+        pairs["torch"] = (found["versions"]["torch"], new["versions"]["torch"])
+        found["runs"] = [dict(line) for line in found["runs"]]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no record that can be continued ({type(error).__name__}: {error})") from None
+    if other := [f"{name} {there!r}, now {here!r}" for name, (there, here) in pairs.items() if there != here]:
+        raise ValueError(
+            f"{path} was recorded with {'; '.join(other)}: lines that cannot be compared do not go into one file. "
+            "Name another file with --out"
+        )
+    return found
 
 
 def write_record(record: dict[str, Any], path: Path) -> None:

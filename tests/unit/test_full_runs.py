@@ -198,7 +198,7 @@ def test_a_model_that_cannot_be_built_is_a_result(memory_7b, tmp_path, monkeypat
         ({"hardware": "another GPU"}, "was recorded with hardware 'another GPU', now "),
         ({"versions": {"torch": "2.0"}}, "was recorded with torch '2.0', now "),
         ({"steps": 7}, "was recorded with steps 7, now 1"),
-        ({"runs": None}, "is no record of memory_7b"),
+        ({"runs": None}, "is no record that can be continued"),
         ({"config": {}}, "was recorded with config {}"),
     ],
 )
@@ -224,7 +224,7 @@ def test_the_shipped_record_can_be_continued(memory_7b):
     config = script.load_config(script.SHAPES["7b"])
     new = {name: record[name] for name in ("hardware", "seed", "steps", "warmup", "versions")}
     new["config"] = {name: getattr(config, name) for name in script.CONFIG}
-    assert script.resumed(path, new) == record
+    assert script.resumed(path, new, new.keys() - {"versions"}) == record
     full = module(BENCHMARK)
     done = {full.key(line) for line in record["runs"]}
     left = [line for line in full.wanted(["7b"], full.BATCHES) if full.key(line) not in done]

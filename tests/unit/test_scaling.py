@@ -39,6 +39,7 @@ def check(record):
         if line.get("out_of_memory"):
             continue
         every, gpus, moved = line["gpus_measured"], line["gpus"], line["collectives"]
+        assert ("link_bytes_per_second" in line) == (gpus > 1)
         assert len(every) == gpus
         assert {len(each["steps_ms"]) for each in every} == {record["steps"]}
         slowest = [max(times) for times in zip(*(each["steps_ms"] for each in every), strict=True)]
@@ -80,6 +81,38 @@ def test_without_enough_gpus_it_says_so_and_passes(monkeypatch, capsys, tmp_path
     script().main()
     assert capsys.readouterr().out.startswith("scaling needs 4 GPUs and found 2: nothing was measured")
     assert not out.exists()
+
+
+@pytest.mark.errors
+def test_launches_that_failed_are_made_again_and_the_others_kept(monkeypatch, capsys, tmp_path):
+    out, broken = tmp_path / "toy.json", {"ddp"}
+    called = []
+
+    def launched(way, gpus, shape, arguments):
+        called.append(way)
+        if way in broken:
+            raise RuntimeError(f"{way} on {gpus}, {shape}, failed")
+        line = {"shape": shape, "way": way, "gpus": gpus, "rows_per_gpu": 1, "tokens_per_row": 16, "sent_bytes": {}}
+        return [line | {"step_ms": 10.0, "tokens_per_second": 1600.0 * gpus}]
+
+    monkeypatch.setattr(script(), "launched", launched)
+    monkeypatch.setattr(sys, "argv", ["scaling.py", "--toy", "--out", str(out)])
+    with pytest.raises(SystemExit, match="failed: toy, ddp on 2"):
+        script().main()
+    before = json.loads(out.read_text())
+    broken.clear()
+    script().main()
+    record = json.loads(out.read_text())
+    assert called == ["alone", "ddp", "fsdp", "ddp"]
+    assert record["runs"][:2] == before["runs"]
+    assert [(line["way"], line["efficiency"]) for line in record["runs"]] == [("alone", 1), ("fsdp", 1), ("ddp", 1)]
+    (session,) = record["continued"]
+    assert session["command"].startswith("python benchmarks/scaling.py --toy")
+    monkeypatch.setattr(sys, "argv", ["scaling.py", "--toy", "--steps", "7", "--out", str(out)])
+    with pytest.raises(SystemExit):
+        script().main()
+    assert "was recorded with steps 20, now 7" in capsys.readouterr().err
+    assert json.loads(out.read_text()) == record
 
 
 @pytest.mark.errors
