@@ -178,7 +178,8 @@ def new_quantised_model(config: LlamaConfig) -> LlamaForCausalLM:
     finally:
         torch.set_default_dtype(torch.float32)
     nf4 = {"compress_statistics": True, "quant_type": "nf4"}
-    for name, layer in list(model.named_modules()):
+    for name in [name for name, _ in model.named_modules()]:  # names: a list of layers would keep what is replaced
+        layer = model.get_submodule(name)
         for key, p in list(layer.named_parameters(recurse=False)):
             weight = torch.ones(p.shape, dtype=torch.bfloat16, device=DEVICE)
             if p.ndim == 2:
