@@ -1,8 +1,9 @@
 """LoRA's linear layer as one autograd function: the same numbers, with less memory traffic. Built in lesson 21.
 
 The plain layer of lesson 03 writes three tensors of the output's size: the base's output, the update and their sum.
-Here the update is added in place, what the backward pass needs is kept and not computed twice, the thin products are
-taken with their short side first, and layers that read the same input, such as q, k and v, read it together.
+Here the update is written first and the base's output added to it in place, what the backward pass needs is kept and
+not computed twice, the thin products are taken with their short side first, and layers that read the same input, such
+as q, k and v, read it together.
 
 ``inject(model, config, fast=True)`` puts these layers into a model. The plain layer stays the one to read and to trust:
 the tests compare every value and every gradient with it. Gradients of gradients are not available here.
@@ -10,12 +11,13 @@ the tests compare every value and every gradient with it. Gradients of gradients
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -66,15 +68,19 @@ def lora_linears(x: Tensor, layers: list[Layer], scalings: list[float], dropouts
         x = x.to(dtype)
     tensors = [t if t is None else t.to(dtype) for layer in layers for t in layer]
     keeps = [_kept_share(p) for p in dropouts]
-    masks = [None if p == 0 else _random_mask(x.numel() // x.shape[-1], x.shape[-1], p, x.device) for p in dropouts]
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # (..., in) → (tokens, in)
+    masks = [None if p == 0 else _random_mask(len(rows), rows.shape[1], p, x.device) for p in dropouts]
     # What dropout keeps is scaled up by 1 / keep; s takes that along.
     scalings = [s / keep if keep else 0.0 for s, keep in zip(scalings, keeps, strict=True)]
     with torch.autocast(device, enabled=False) if _autocasts(device) else nullcontext():
-        return _LoRALinears.apply(x, scalings, masks, *tensors)
+        outputs = _LoRALinears.apply(rows, scalings, masks, *tensors)
+    return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
 
 
 class _LoRALinears(torch.autograd.Function):
     """n adapted layers of one input: yᵢ = x Wᵢᵀ + bᵢ + sᵢ · (mᵢ ⊙ x) Aᵢᵀ Bᵢᵀ, where mᵢ is a mask or None.
+
+    x is (tokens, in) here, and yᵢ (tokens, out).
 
     The thin products are kept as (r, tokens): matrix libraries cut the first dimension into pieces for their threads
     and registers, and r = 8 rows of 2,048 numbers suit them better than 2,048 rows of 8.
@@ -82,18 +88,18 @@ class _LoRALinears(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, scalings: list[float], masks: list[Tensor | None], *tensors: Tensor | None
+        ctx: Any, rows: Tensor, scalings: list[float], masks: list[Tensor | None], *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
-        rows = x.reshape(-1, x.shape[-1])  # (..., in) → (tokens, in)
         layers = list(_fours(tensors))
-        downs = _down(rows, [A for _, _, A, _ in layers], masks)  # h = A xᵀ, (r, tokens)
+        downs = _down(rows, [A for _, _, A, _ in layers], masks)
+        downs = [s * h for h, s in zip(downs, scalings, strict=True)]  # s · A xᵀ, (r, tokens)
         outputs = []
-        for (W, b, _, B), h, s in zip(layers, downs, scalings, strict=True):
-            y = F.linear(x, W, b)
-            y.view(-1, y.shape[-1]).addmm_(h.T, B.T, alpha=s)  # in place: no second tensor of (tokens, out)
+        for (W, b, _, B), h in zip(layers, downs, strict=True):
+            y = h.T @ B.T if b is None else torch.addmm(b, h.T, B.T)  # the thin product first, as it need not read y
+            _add_product(y, rows, W.T)  # in place: no second tensor of (tokens, out)
             outputs.append(y)
         ctx.save_for_backward(rows, *downs, *masks, *tensors)
-        ctx.scalings, ctx.shape = scalings, x.shape
+        ctx.scalings = scalings
         return tuple(outputs)
 
     @staticmethod
@@ -101,42 +107,76 @@ class _LoRALinears(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         device = grads[0].device.type
         with torch.autocast(device, enabled=False) if _autocasts(device) else nullcontext():
-            return _backward(ctx, [grad.reshape(-1, grad.shape[-1]) for grad in grads])
+            return _backward(ctx, grads)
 
 
-def _backward(ctx: Any, gs: list[Tensor]) -> tuple[Any, ...]:
+def _backward(ctx: Any, gs: Sequence[Tensor]) -> tuple[Any, ...]:
     """The gradients for x and each layer's weight, bias, A and B; ``gs`` are those of the outputs, (tokens, out)."""
     n = len(gs)
     rows, *saved = ctx.saved_tensors  # asked for once: with checkpointing, each time would recompute them
     downs, masks, layers = saved[:n], saved[n : 2 * n], list(_fours(saved[2 * n :]))
     scaled = zip(gs, layers, ctx.scalings, strict=True)
-    ups = [(B.T @ g.T).mul_(s) for g, (_, _, _, B), s in scaled]  # the gradient of h, (r, tokens)
+    ups = [(B.T @ g.T).mul_(s) for g, (_, _, _, B), s in scaled]  # the gradient of A xᵀ, (r, tokens)
+    As = [A for _, _, A, _ in layers]
     gx = None
     if ctx.needs_input_grad[0]:
-        gx = gs[0] @ layers[0][0]
-        for g, (W, _, _, _) in zip(gs[1:], layers[1:], strict=True):
-            gx.addmm_(g, W)
-        if all(mask is None for mask in masks):  # one product for all of them: (tokens, n·r) (n·r, in)
-            gx.addmm_(torch.cat(ups).T, torch.cat([A for _, _, A, _ in layers]))
-        else:
-            for up, (_, _, A, _), mask in zip(ups, layers, masks, strict=True):
-                gx.addmm_(up.T, A) if mask is None else gx.addcmul_(up.T @ A, mask)
-        gx = gx.view(ctx.shape)
+        gx = _through(As, ups, masks)
+        for g, (W, _, _, _) in zip(gs, layers, strict=True):
+            _add_product(gx, g, W)
+    of_As = _outer(ups, rows, masks) if any(ctx.needs_input_grad[5::4]) else [None] * n
     found: list[Tensor | None] = []
-    for i, (g, h, up) in enumerate(zip(gs, downs, ups, strict=True)):
+    for i, (g, h) in enumerate(zip(gs, downs, strict=True)):
         of_weight, of_bias, of_A, of_B = ctx.needs_input_grad[3 + 4 * i : 7 + 4 * i]
         found.append(g.T @ rows if of_weight else None)
         found.append(g.sum(0) if of_bias else None)
-        found.append(up @ (rows if masks[i] is None else rows * masks[i]) if of_A else None)
-        found.append((h @ g).mul_(ctx.scalings[i]).T.contiguous() if of_B else None)
+        found.append(of_As[i] if of_A else None)
+        found.append((h @ g).T.contiguous() if of_B else None)
     return gx, None, None, *found
 
 
+# Without dropout, layers that read x together read it once: their thin matrices are stacked for one product.
+
+
 def _down(rows: Tensor, As: list[Tensor], masks: Sequence[Tensor | None]) -> list[Tensor]:
-    """h = A xᵀ of each layer, (r, tokens); without dropout x is read once for all of them."""
+    """A xᵀ of each layer, (r, tokens)."""
     if all(mask is None for mask in masks):
         return list((torch.cat(As) @ rows.T).split([len(A) for A in As]))
     return [A @ (rows if mask is None else rows * mask).T for A, mask in zip(As, masks, strict=True)]
+
+
+def _through(As: list[Tensor], ups: list[Tensor], masks: Sequence[Tensor | None]) -> Tensor:
+    """The gradient for x by way of the adapters, (tokens, in)."""
+    if all(mask is None for mask in masks):
+        return torch.cat(ups).T @ torch.cat(As)  # (tokens, n·r) (n·r, in)
+    products = [up.T @ A for up, A in zip(ups, As, strict=True)]
+    masked = [product if mask is None else product.mul_(mask) for product, mask in zip(products, masks, strict=True)]
+    return functools.reduce(Tensor.add_, masked)
+
+
+def _outer(ups: list[Tensor], rows: Tensor, masks: Sequence[Tensor | None]) -> list[Tensor]:
+    """The gradient of each A, (r, in)."""
+    if all(mask is None for mask in masks):
+        return list((torch.cat(ups) @ rows).split([len(up) for up in ups]))
+    return [up @ (rows if mask is None else rows * mask) for up, mask in zip(ups, masks, strict=True)]
+
+
+def _add_product(y: Tensor, left: Tensor, right: Tensor) -> None:
+    """y += left right, in place: (m, n) += (m, k) (k, n)."""
+    if torch.compiler.is_compiling():
+        _add_product_compiled(y, left, right)
+    else:
+        y.addmm_(left, right)
+
+
+@torch.library.custom_op("lora_edu::add_product_", mutates_args={"y"})
+def _add_product_compiled(y: Tensor, left: Tensor, right: Tensor) -> None:
+    """The same, named so that a compiler keeps it in place: of ``addmm_`` it makes ``addmm``, which copies y first."""
+    y.addmm_(left, right)
+
+
+@_add_product_compiled.register_fake
+def _add_product_traced(y: Tensor, left: Tensor, right: Tensor) -> None:
+    """What the compiler has to know of the result's shape: there is none, y keeps its own."""
 
 
 def _fours(tensors: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
