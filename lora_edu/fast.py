@@ -91,8 +91,7 @@ class _LoRALinears(torch.autograd.Function):
         ctx: Any, rows: Tensor, scalings: list[float], masks: list[Tensor | None], *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
         layers = list(_fours(tensors))
-        downs = _down(rows, [A for _, _, A, _ in layers], masks)
-        downs = [s * h for h, s in zip(downs, scalings, strict=True)]  # s · A xᵀ, (r, tokens)
+        downs = _down(rows, _scaled(layers, scalings), masks)  # h = s A xᵀ, (r, tokens)
         outputs = []
         for (W, b, _, B), h in zip(layers, downs, strict=True):
             y = h.T @ B.T if b is None else torch.addmm(b, h.T, B.T)  # the thin product first, as it need not read y
@@ -115,12 +114,10 @@ def _backward(ctx: Any, gs: Sequence[Tensor]) -> tuple[Any, ...]:
     n = len(gs)
     rows, *saved = ctx.saved_tensors  # asked for once: with checkpointing, each time would recompute them
     downs, masks, layers = saved[:n], saved[n : 2 * n], list(_fours(saved[2 * n :]))
-    scaled = zip(gs, layers, ctx.scalings, strict=True)
-    ups = [(B.T @ g.T).mul_(s) for g, (_, _, _, B), s in scaled]  # the gradient of A xᵀ, (r, tokens)
-    As = [A for _, _, A, _ in layers]
+    ups = [B.T @ g.T for g, (_, _, _, B) in zip(gs, layers, strict=True)]  # the gradient of h, (r, tokens)
     gx = None
     if ctx.needs_input_grad[0]:
-        gx = _through(As, ups, masks)
+        gx = _through(_scaled(layers, ctx.scalings), ups, masks)
         for g, (W, _, _, _) in zip(gs, layers, strict=True):
             _add_product(gx, g, W)
     of_As = _outer(ups, rows, masks) if any(ctx.needs_input_grad[5::4]) else [None] * n
@@ -129,9 +126,14 @@ def _backward(ctx: Any, gs: Sequence[Tensor]) -> tuple[Any, ...]:
         of_weight, of_bias, of_A, of_B = ctx.needs_input_grad[3 + 4 * i : 7 + 4 * i]
         found.append(g.T @ rows if of_weight else None)
         found.append(g.sum(0) if of_bias else None)
-        found.append(of_As[i] if of_A else None)
-        found.append((h @ g).T.contiguous() if of_B else None)
+        found.append(ctx.scalings[i] * of_As[i] if of_A else None)
+        found.append(_into_B(h, g) if of_B else None)
     return gx, None, None, *found
+
+
+def _scaled(layers: list[Layer], scalings: list[float]) -> list[Tensor]:
+    """s A of each layer, (r, in): the smallest tensor on the way that can take s along."""
+    return [s * A for s, (_, _, A, _) in zip(scalings, layers, strict=True)]
 
 
 # Without dropout, layers that read x together read it once: their thin matrices are stacked for one product.
@@ -154,10 +156,15 @@ def _through(As: list[Tensor], ups: list[Tensor], masks: Sequence[Tensor | None]
 
 
 def _outer(ups: list[Tensor], rows: Tensor, masks: Sequence[Tensor | None]) -> list[Tensor]:
-    """The gradient of each A, (r, in)."""
+    """The gradient of each s A, (r, in)."""
     if all(mask is None for mask in masks):
         return list((torch.cat(ups) @ rows).split([len(up) for up in ups]))
     return [up @ (rows if mask is None else rows * mask) for up, mask in zip(ups, masks, strict=True)]
+
+
+def _into_B(h: Tensor, g: Tensor) -> Tensor:
+    """The gradient of B, (out, r): a CPU likes the short side first, a GPU writes it as it is to lie."""
+    return g.T @ h.T if h.is_cuda else (h @ g).T.contiguous()
 
 
 def _add_product(y: Tensor, left: Tensor, right: Tensor) -> None:
