@@ -6,14 +6,13 @@
 LoRA of r = 16 on all linear layers against full fine-tuning, all in bfloat16, with random weights: times do not depend
 on their values. All ways stand on the same weights in one process and take a step in turns, so that a disturbance
 meets all of them; what counts are the ratios of each round. PEFT is compared where it is installed. A captured step is
-one CUDA graph: forward, backward and optimizer replayed as they were recorded. Above 4,096 tokens a step the captured
-ways are left out unless asked for: launches are hidden there, and the graphs' memory would not fit beside the rest.
+one CUDA graph: forward, backward and optimizer replayed as they were recorded. Above 4,096 tokens a step those
+captured ways are left out, unless asked for, whose memory would not fit beside the rest.
 The record is written after every shape.
 """
 
 import argparse
 import copy
-import gc
 import json
 import sys
 import time
@@ -46,7 +45,8 @@ except ImportError:
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
 ROOT = Path(__file__).resolve().parents[1]
 R = 16
-CAPTURED_UP_TO = 4096  # tokens a step
+ALL_UP_TO = 4096  # tokens a step
+LARGE = ("fast, captured", "full, compiled and captured")  # ways whose graphs keep the most memory
 AUTOTUNED = "max-autotune-no-cudagraphs"
 WAYS: dict[str, dict[str, Any]] = {
     "full": {},
@@ -180,7 +180,7 @@ def prepare(base: nn.Module, names: list[str], ids: Tensor) -> tuple[dict[str, S
             steps.pop(name, None)
             pool = torch.cuda.graph_pool_handle() if CUDA else None  # that of a failed capture is not used again
             print(f"  {name} failed: {failed[name]}", flush=True)
-        gc.collect()
+        empty()
     return steps, ready, failed
 
 
@@ -245,8 +245,8 @@ def main() -> None:
     base = new_base(LlamaConfig(**(TOY if arguments.toy else {}), attn_implementation=causal_attention()))
     for batch, tokens in arguments.shape or [(2, 16) if arguments.toy else (4, 512)]:
         names = asked
-        if batch * tokens > CAPTURED_UP_TO and not arguments.ways:
-            names = [name for name in asked if not WAYS[name].get("capture")]
+        if batch * tokens > ALL_UP_TO and not arguments.ways:
+            names = [name for name in asked if name not in LARGE]
         print(f"{batch}×{tokens}", flush=True)
         start = time.perf_counter()
         line = compare(base, names, batch, tokens, arguments.rounds)

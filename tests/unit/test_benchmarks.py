@@ -172,16 +172,32 @@ def test_speed_7b_runs_on_a_toy_and_adds_to_its_record(monkeypatch, capsys, tmp_
     assert ways["fast"]["losses"] == pytest.approx(ways["plain"]["losses"], rel=1e-2)  # bfloat16
     ratios = [a / b for a, b in zip(ways["fast"]["steps_ms"], ways["full"]["steps_ms"], strict=True)]
     assert ways["fast"]["against_full"] == pytest.approx(median(ratios), rel=1e-2)
+    reached = {name: way["share_of_ceiling"] * median(way["steps_ms"]) for name, way in ways.items()}
+    assert reached["full"] / 6 == pytest.approx(reached["plain"] / 4, rel=2e-2)  # operations a weight and token
+    assert reached["peft"] == pytest.approx(reached["fast"], rel=2e-2)
+
+
+def test_two_ways_that_train_all_weights_share_their_moments(monkeypatch):
+    """As they share the weights; adapters have moments of their own."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    speed_7b = script("speed_7b")
+    monkeypatch.setattr(speed_7b, "WAYS", {"full": {}, "full again": {}, "plain": {"lora": "ours"}})
+    base = speed_7b.new_base(speed_7b.LlamaConfig(**speed_7b.TOY))
+    steps, _, _ = speed_7b.prepare(base, list(speed_7b.WAYS), torch.ones(1, 4, dtype=torch.long))
+    kept = {name: {state["exp_avg"].data_ptr() for state in step.optimizer.state.values()}
+            for name, step in steps.items()}  # fmt: skip
+    assert kept["full"] == kept["full again"]
+    assert kept["plain"].isdisjoint(kept["full"])
 
 
 def test_speed_7b_measures_several_shapes_and_outlives_a_way_that_fails(monkeypatch, capsys, tmp_path):
-    """With many tokens no way is captured, unless it is asked for by name."""
+    """With many tokens the ways that keep the most memory are left out, unless they are asked for by name."""
     speed_7b, out = script("speed_7b"), tmp_path / "toy.json"
     fast = {"lora": "ours", "fast": True}
     ways = {"fast, captured": fast | {"capture": True}, "full": {}, "full again": {}, "peft": {"lora": "peft"}}
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setattr(speed_7b, "WAYS", ways)
-    monkeypatch.setattr(speed_7b, "CAPTURED_UP_TO", 16)
+    monkeypatch.setattr(speed_7b, "ALL_UP_TO", 16)
     monkeypatch.setattr(speed_7b, "peft", None)  # not installed
     arguments = ["--toy", "--shape", "1x16", "2x16", "--rounds", "2", "--out", str(out)]
     monkeypatch.setattr(sys, "argv", ["speed_7b.py", *arguments])

@@ -61,14 +61,30 @@ def as_if_capturing(monkeypatch):
 # Compiling.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("way", ["full", "plain", "fast"])
-def test_compiled_blocks_step_as_before_in_one_or_two_graphs(way, dtype):
-    """One for the first block, whose input needs no gradient in LoRA, and one for all others."""
+def test_compiled_blocks_step_as_before_in_two_or_three_graphs(way, dtype):
+    """One for the first block, whose input needs no gradient in LoRA, one for all others, and one for the loss."""
     model = llama(way, causal_attention(), dtype)
     assert compile_blocks(model, backend="aot_eager", fullgraph=True) == 3
     before = counters["stats"]["unique_graphs"]
     found = step(model)
-    assert counters["stats"]["unique_graphs"] - before == (1 if way == "full" else 2)
+    assert counters["stats"]["unique_graphs"] - before == (2 if way == "full" else 3)
     assert_same(found, step(llama(way, "sdpa", dtype)), 1e-5 if dtype == torch.float32 else 3e-2)
+
+
+def test_the_blocks_are_the_longest_list():
+    """A model may hold shorter ones before and in them, as heads or experts, and need no loss of transformers."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = nn.ModuleList(nn.Linear(2, 2) for _ in range(3))
+
+        def forward(self, x):
+            return sum(expert(x) for expert in self.experts)
+
+    model = nn.Sequential(Block(), nn.ModuleList(Block() for _ in range(4)))
+    assert compile_blocks(model, backend="aot_eager") == 4
+    assert [block._compiled_call_impl is not None for block in (model[0], *model[1])] == [False, *[True] * 4]
 
 
 @pytest.mark.parametrize("adapter", ["bfloat16", "float32"])

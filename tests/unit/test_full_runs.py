@@ -334,7 +334,11 @@ def test_a_sweep_of_another_base_is_done_into_a_file_of_its_own(monkeypatch, tmp
     monkeypatch.setitem(sweeps.SWEEPS, "few", lambda: few)
     monkeypatch.setattr(full_runs, "data_path", lambda *parts: tmp_path.joinpath("data", *parts))
     monkeypatch.setattr(full_runs, "_work", lambda todo, *given: todo)
-    assert [job["base"] for job in full_runs.full_run("few", base=str(folder))] == [str(folder)] * 2
+    first, second = full_runs.full_run("few", base=str(folder))
+    assert first["base"] == second["base"] == str(folder)
+    path = runs / "few-my-base.json"
+    path.write_text(json.dumps(full_runs._record("few", path, str(folder)) | {"runs": [{"job": first}]}))
+    assert full_runs.full_run("few", base=str(folder)) == [second]  # gone on with
     monkeypatch.undo()
     assert full_runs._file_name("few", None) == "few"
     assert full_runs._file_name("few", str(folder)) == "few-my-base"
