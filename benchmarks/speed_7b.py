@@ -7,7 +7,7 @@ LoRA of r = 16 on all linear layers against full fine-tuning, all in bfloat16, w
 on their values. All ways stand on the same weights in one process and take a step in turns, so that a disturbance
 meets all of them; what counts are the ratios of each round. PEFT is compared where it is installed. A captured step is
 one CUDA graph: forward, backward and optimizer replayed as they were recorded. Above 4,096 tokens a step those
-captured ways are left out, unless asked for, whose memory would not fit beside the rest.
+ways are left out, unless asked for, whose memory would not fit beside the rest.
 The record is written after every shape.
 """
 
@@ -45,8 +45,8 @@ except ImportError:
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
 ROOT = Path(__file__).resolve().parents[1]
 R = 16
-ALL_UP_TO = 4096  # tokens a step
-LARGE = ("fast, captured", "full, compiled and captured")  # ways whose graphs keep the most memory
+ALL_UP_TO = 4096  # tokens a step; above, all but the LARGE ones
+LARGE = ("peft, fp32 adapter", "fast, captured", "full, compiled and captured")  # ways that need the most memory
 AUTOTUNED = "max-autotune-no-cudagraphs"
 WAYS: dict[str, dict[str, Any]] = {
     "full": {},
