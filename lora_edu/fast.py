@@ -91,7 +91,7 @@ class _LoRALinears(torch.autograd.Function):
         ctx: Any, rows: Tensor, scalings: list[float], masks: list[Tensor | None], *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
         layers = list(_fours(tensors))
-        downs = _down(rows, _scaled(layers, scalings), masks)  # h = s A xᵀ, (r, tokens)
+        downs = _down(rows, [A for _, _, A, _ in layers], scalings, masks)
         outputs = []
         for (W, b, _, B), h in zip(layers, downs, strict=True):
             y = h.T @ B.T if b is None else torch.addmm(b, h.T, B.T)  # the thin product first, as it need not read y
@@ -115,51 +115,58 @@ def _backward(ctx: Any, gs: Sequence[Tensor]) -> tuple[Any, ...]:
     rows, *saved = ctx.saved_tensors  # asked for once: with checkpointing, each time would recompute them
     downs, masks, layers = saved[:n], saved[n : 2 * n], list(_fours(saved[2 * n :]))
     ups = [B.T @ g.T for g, (_, _, _, B) in zip(gs, layers, strict=True)]  # the gradient of h, (r, tokens)
+    As = [A for _, _, A, _ in layers]
     gx = None
     if ctx.needs_input_grad[0]:
-        gx = _through(_scaled(layers, ctx.scalings), ups, masks)
+        gx = _through(As, ups, ctx.scalings, masks)
         for g, (W, _, _, _) in zip(gs, layers, strict=True):
             _add_product(gx, g, W)
-    of_As = _outer(ups, rows, masks) if any(ctx.needs_input_grad[5::4]) else [None] * n
+    of_As = _into_As(ups, rows, ctx.scalings, masks) if any(ctx.needs_input_grad[5::4]) else [None] * n
     found: list[Tensor | None] = []
     for i, (g, h) in enumerate(zip(gs, downs, strict=True)):
         of_weight, of_bias, of_A, of_B = ctx.needs_input_grad[3 + 4 * i : 7 + 4 * i]
         found.append(g.T @ rows if of_weight else None)
         found.append(g.sum(0) if of_bias else None)
-        found.append(ctx.scalings[i] * of_As[i] if of_A else None)
+        found.append(of_As[i] if of_A else None)
         found.append(_into_B(h, g) if of_B else None)
     return gx, None, None, *found
 
 
-def _scaled(layers: list[Layer], scalings: list[float]) -> list[Tensor]:
-    """s A of each layer, (r, in): the smallest tensor on the way that can take s along."""
-    return [s * A for s, (_, _, A, _) in zip(scalings, layers, strict=True)]
+# Layers that read x together read it once: their thin matrices are stacked for one product. Dropout, which gives each
+# an x of its own, and different scalings keep them apart. The scale goes to A or its gradient, the smallest tensors.
 
 
-# Without dropout, layers that read x together read it once: their thin matrices are stacked for one product.
+def _together(scalings: list[float], masks: Sequence[Tensor | None]) -> bool:
+    return len(set(scalings)) == 1 and all(mask is None for mask in masks)
 
 
-def _down(rows: Tensor, As: list[Tensor], masks: Sequence[Tensor | None]) -> list[Tensor]:
-    """A xᵀ of each layer, (r, tokens)."""
-    if all(mask is None for mask in masks):
-        return list((torch.cat(As) @ rows.T).split([len(A) for A in As]))
-    return [A @ (rows if mask is None else rows * mask).T for A, mask in zip(As, masks, strict=True)]
+def _stacked(thin: Sequence[Tensor]) -> Tensor:
+    return thin[0] if len(thin) == 1 else torch.cat(list(thin))
 
 
-def _through(As: list[Tensor], ups: list[Tensor], masks: Sequence[Tensor | None]) -> Tensor:
+def _down(rows: Tensor, As: list[Tensor], scalings: list[float], masks: Sequence[Tensor | None]) -> list[Tensor]:
+    """h = s A xᵀ of each layer, (r, tokens)."""
+    if _together(scalings, masks):
+        return list(((scalings[0] * _stacked(As)) @ rows.T).split([len(A) for A in As]))
+    each = zip(As, scalings, masks, strict=True)
+    return [(s * A) @ (rows if mask is None else rows * mask).T for A, s, mask in each]
+
+
+def _through(As: list[Tensor], ups: list[Tensor], scalings: list[float], masks: Sequence[Tensor | None]) -> Tensor:
     """The gradient for x by way of the adapters, (tokens, in)."""
-    if all(mask is None for mask in masks):
-        return torch.cat(ups).T @ torch.cat(As)  # (tokens, n·r) (n·r, in)
-    products = [up.T @ A for up, A in zip(ups, As, strict=True)]
+    if _together(scalings, masks):
+        return _stacked(ups).T @ (scalings[0] * _stacked(As))  # (tokens, n·r) (n·r, in)
+    products = [up.T @ (s * A) for up, s, A in zip(ups, scalings, As, strict=True)]
     masked = [product if mask is None else product.mul_(mask) for product, mask in zip(products, masks, strict=True)]
     return functools.reduce(Tensor.add_, masked)
 
 
-def _outer(ups: list[Tensor], rows: Tensor, masks: Sequence[Tensor | None]) -> list[Tensor]:
-    """The gradient of each s A, (r, in)."""
-    if all(mask is None for mask in masks):
-        return list((torch.cat(ups) @ rows).split([len(up) for up in ups]))
-    return [up @ (rows if mask is None else rows * mask) for up, mask in zip(ups, masks, strict=True)]
+def _into_As(ups: list[Tensor], rows: Tensor, scalings: list[float], masks: Sequence[Tensor | None]) -> list[Tensor]:
+    """The gradient of each A, (r, in)."""
+    if _together(scalings, masks):
+        return list((scalings[0] * (_stacked(ups) @ rows)).split([len(up) for up in ups]))
+    each = zip(ups, scalings, masks, strict=True)
+    return [s * (up @ (rows if mask is None else rows * mask)) for up, s, mask in each]
 
 
 def _into_B(h: Tensor, g: Tensor) -> Tensor:

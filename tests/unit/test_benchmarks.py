@@ -233,7 +233,8 @@ def test_the_recorded_ways_hold_together():
     path = data_path("runs", "speed_7b.json")
     record = json.loads(path.read_text(encoding="utf-8"))
     assert hashlib.sha256(path.read_bytes()).hexdigest() in data_path("README.md").read_text(encoding="utf-8")
-    assert [(line["batch"], line["tokens"]) for line in record["shapes"]] == [(4, 512), (1, 512)]
+    now = [line for line in record["shapes"] if "note" not in line]
+    assert [(line["batch"], line["tokens"]) for line in now] == [(4, 512), (1, 512), (16, 512), (16, 512)]
     for line in record["shapes"]:
         ways, full = line["ways"], line["ways"]["full"]
         assert line["failed"] == {}
@@ -248,5 +249,7 @@ def test_the_recorded_ways_hold_together():
             flops = (6 if "full" in name else 4) * weights * line["batch"] * line["tokens"]
             share = flops / (1e9 * median(way["steps_ms"]) * max(line["ceiling_tflops"]))
             assert way["share_of_ceiling"] == pytest.approx(share, rel=1e-3)
-            if "full" not in name:  # no more than PEFT's, but for 0.2 GiB that a graph keeps
+            if (
+                "full" not in name and name != "peft, fp32 adapter"
+            ):  # no more than PEFT's, but for 0.2 GiB that a graph keeps
                 assert way["peak_bytes"] <= ways["peft"]["peak_bytes"] + 0.2 * 2**30
