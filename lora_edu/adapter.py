@@ -47,10 +47,19 @@ class AdapterLayer(Wrapper):
         base: the layer to adapt, or one that is adapted already. The pretrained weight and bias are frozen.
         adapter_name: the adapter that this layer belongs to.
         autocast_adapter_dtype: keep the adapter in float32 where the base is in float16 or bfloat16.
+
+    Raises:
+        TypeError: if the pretrained weight is packed into integers by a quantisation library.
     """
 
     def __init__(self, base: nn.Module, adapter_name: str = "default", autocast_adapter_dtype: bool = True):
         super().__init__()
+        pretrained = innermost(base)
+        if not pretrained.weight.is_floating_point():
+            raise TypeError(
+                f"the {type(pretrained).__name__} keeps its weight packed as {pretrained.weight.dtype}, and the layers "
+                "here read it as numbers: load the model unquantised, or adapt it with PEFT"
+            )
         self.base = base
         self.adapter_name = adapter_name
         self.active = True

@@ -34,7 +34,7 @@ class LoRALinear(AdapterLayer):
         x: (..., in) → (..., out). ``lora_A``: (r, in). ``lora_B``: (out, r).
 
     Raises:
-        TypeError: if the base is no ``nn.Linear``.
+        TypeError: if the base is no ``nn.Linear``, or its weight is packed into integers.
         ValueError: if r is not a whole number of at least 1, or lora_dropout is not in [0, 1].
 
     Source: Hu et al. 2021, eq. 3. Built in lesson 03.

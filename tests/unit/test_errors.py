@@ -155,6 +155,17 @@ def test_a_layer_of_another_kind():
         LoRALinear(nn.Embedding(3, 4))
 
 
+def test_a_packed_weight(model):
+    """As bitsandbytes' Linear4bit keeps it."""
+    layer = model.get_submodule(next(name for name, _ in model.named_modules() if name.endswith("v_proj")))
+    layer.weight = nn.Parameter(torch.zeros(8, 1, dtype=torch.uint8), requires_grad=False)
+    before = dict(model.named_modules())
+    with pytest.raises(TypeError, match=r"the Linear keeps its weight packed as torch.uint8.* adapt it with PEFT"):
+        inject(model, LoraConfig(target_modules=["q_proj", "v_proj"]))
+    assert dict(model.named_modules()) == before
+    assert all(p.requires_grad for p in model.parameters() if p is not layer.weight)
+
+
 def test_an_unknown_adapter(model):
     inject(model, LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(KeyError, match="no adapter named 'other'; this model has: default"):
