@@ -304,7 +304,7 @@ def main() -> None:
         session = record
     failed = []
     for shape, way, gpus in [launch for launch in launches if launch not in done]:
-        if len(record["runs"]) and time.perf_counter() - start > arguments.seconds:  # never before the first
+        if record["runs"] and time.perf_counter() - start > arguments.seconds:  # never before the first
             print(f"no time left for {shape}, {way} on {gpus}; the same command goes on")
             continue
         try:

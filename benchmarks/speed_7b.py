@@ -8,7 +8,7 @@ on their values. All ways stand on the same weights in one process and take a st
 meets all of them; what counts are the ratios of each round. PEFT is compared where it is installed. A captured step is
 one CUDA graph: forward, backward and optimizer replayed as they were recorded. Above 4,096 tokens a step those
 ways are left out, unless asked for, whose memory would not fit beside the rest.
-The record is written after every shape.
+The record is written after every shape; started again at the same commit, the same command skips those that are there.
 """
 
 import argparse
@@ -210,12 +210,26 @@ def compare(base: Any, names: list[str], batch: int, tokens: int, rounds: int) -
     return line
 
 
+def read(out: Path) -> dict[str, Any]:
+    """The record so far."""
+    if out.exists():
+        return json.loads(out.read_text(encoding="utf-8"))
+    return {"what": __doc__.split("\n")[0], "seed": SEED, "r": R, "shapes": []}
+
+
+def is_there(line: dict[str, Any], out: Path) -> bool:
+    """Whether the record answers the line's question already, by the same code on a machine of this kind."""
+    here = line["machine"]
+    for each in read(out)["shapes"]:
+        asked = all(each.get(key) == line[key] for key in ("batch", "tokens", "asked", "rounds"))
+        if asked and all(each["machine"][key] == here[key] for key in ("commit", "hardware", "versions")):
+            return here["commit"] != "unknown"
+    return False
+
+
 def add(line: dict[str, Any], out: Path) -> None:
     """Write the line into the record, in place of one that answers the same question."""
-    record: dict[str, Any] = {"what": __doc__.split("\n")[0], "seed": SEED, "r": R, "shapes": []}
-    if out.exists():
-        record = json.loads(out.read_text(encoding="utf-8"))
-    same = ("batch", "tokens", "asked")
+    record, same = read(out), ("batch", "tokens", "asked")
     record["shapes"] = [each for each in record["shapes"] if any(each[key] != line[key] for key in same)]
     record["shapes"].append(line)
     write_record(record, out)
@@ -247,11 +261,16 @@ def main() -> None:
         names = asked
         if batch * tokens > ALL_UP_TO and not arguments.ways:
             names = [name for name in asked if name not in LARGE]
+        machine = surroundings("bfloat16")
+        question = {"batch": batch, "tokens": tokens, "asked": names, "rounds": arguments.rounds, "machine": machine}
+        if is_there(question, arguments.out):
+            print(f"{batch}×{tokens} is there already, by this commit", flush=True)
+            continue
         print(f"{batch}×{tokens}", flush=True)
         start = time.perf_counter()
         line = compare(base, names, batch, tokens, arguments.rounds)
         line["command"] = " ".join(["python", "benchmarks/speed_7b.py", *sys.argv[1:]])
-        line["machine"] = surroundings("bfloat16")
+        line |= {"rounds": arguments.rounds, "machine": machine}
         line["seconds"] = round(time.perf_counter() - start, 1)
         add(line, arguments.out)
         for name, way in line["ways"].items():

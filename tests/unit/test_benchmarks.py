@@ -158,11 +158,22 @@ def test_without_a_gpu_they_say_so_and_pass(name, monkeypatch, capsys, tmp_path)
 def test_speed_7b_runs_on_a_toy_and_adds_to_its_record(monkeypatch, capsys, tmp_path):
     out = tmp_path / "toy.json"
     monkeypatch.setattr(sys, "path", [*sys.path])
-    for ways in ("full;peft;plain;fast", "full;plain"):
-        arguments = ["--toy", "--rounds", "2", "--ways", ways, "--out", str(out)]
+    monkeypatch.setenv("LORA_EDU_COMMIT", 40 * "a")
+
+    def call(ways, rounds="2"):
+        arguments = ["--toy", "--rounds", rounds, "--ways", ways, "--out", str(out)]
         monkeypatch.setattr(sys, "argv", ["speed_7b.py", *arguments])
         script("speed_7b").main()
-    assert "2×16  fast" in capsys.readouterr().out
+        return capsys.readouterr().out
+
+    assert "2×16  fast" in call("full;peft;plain;fast")
+    call("full;plain")
+    before = out.read_bytes()
+    assert call("full;plain") == "2×16 is there already, by this commit\n"
+    assert out.read_bytes() == before
+    assert "2×16  plain" in call("full;plain", rounds="3")  # measured anew, and in its place
+    monkeypatch.setenv("LORA_EDU_COMMIT", 40 * "b")
+    assert "2×16  plain" in call("full;plain", rounds="3")
     first, second = json.loads(out.read_text())["shapes"]
     assert (first["failed"], list(second["ways"])) == ({}, ["full", "plain"])
     ways = first["ways"]
