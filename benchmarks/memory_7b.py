@@ -438,7 +438,7 @@ def main() -> None:
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     with alone(arguments.out):
         try:
-            record = resumed(arguments.out, new, ("hardware", "seed", "config", "steps", "warmup"))
+            record = resumed(arguments.out, new, ("hardware", "seed", "config", "steps", "warmup"), key)
         except ValueError as error:
             if arguments.out != OUT:
                 parser.error(str(error))

@@ -37,10 +37,11 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_edu import LoraConfig, inject
-from lora_edu.lab.processes import new_accelerator, shard_on_the_cpu, together
+from lora_edu.lab.processes import alone, new_accelerator, shard_on_the_cpu, together
 from lora_edu.lab.records import provenance, resumed, write_record
 
 ROOT = Path(__file__).resolve().parents[1]
+OUT = ROOT / "data" / "runs" / "scaling.json"
 SEED = 0
 RANK = 16
 CUDA = torch.cuda.is_available()
@@ -120,7 +121,12 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def link_speed(device: torch.device, gpus: int) -> float:
+def key(line: dict[str, Any]) -> tuple[str, str, int]:
+    """The launch that a line belongs to."""
+    return line["shape"], line["way"], line["gpus"]
+
+
+def link_speed(device: torch.device, gpus: int) -> int:
     """Bytes that each GPU sends in a second of an all-gather while nothing else runs: the best of ten."""
     own = torch.zeros(2**28 if CUDA else 2**16, dtype=torch.uint8, device=device)
     whole = own.new_empty(gpus * own.numel())
@@ -254,10 +260,78 @@ def with_efficiency(runs: list[dict[str, Any]]) -> None:
             line["efficiency"] = round(line["tokens_per_second"] / (line["gpus"] * base["tokens_per_second"]), 4)
 
 
+def begun(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The record to be filled, new or from the file, and its part that says when and where we measure.
+
+    Raises:
+        ValueError: if the file holds something else, or was recorded elsewhere or otherwise.
+    """
+    hardware = f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}" if CUDA else platform.machine()
+    session = provenance("benchmarks/scaling.py", hardware, arguments.commit, "accelerate")
+    session["versions"]["nccl"] = ".".join(map(str, torch.cuda.nccl.version())) if CUDA else None
+    new: dict[str, Any] = {
+        "what": "LoRA training steps on several GPUs, each with the same batch; random weights in bf16, no dropout",
+        **session,
+        "seed": SEED,
+        "rank": RANK,
+        "shapes": {shape: SHAPES[shape] for shape in (["toy"] if arguments.toy else ["1B", "7B"])},
+        "steps": arguments.steps,
+        "warmup": arguments.warmup,
+        "runs": [],
+    }
+    record = resumed(arguments.out, new, ("hardware", "seed", "rank", "shapes", "steps", "warmup"), key)
+    if not record["runs"]:
+        return record, record
+    record.setdefault("continued", []).append(session)
+    return record, session
+
+
+def fill(record: dict[str, Any], session: dict[str, Any], arguments: argparse.Namespace) -> None:
+    """Make the launches that are not in the record, and write it after each.
+
+    Raises:
+        SystemExit: with code 1, at the end, if launches failed.
+    """
+    start = time.perf_counter()
+    shapes = ["toy"] if arguments.toy else arguments.shapes
+    launches = [(shape, "alone", 1) for shape in shapes]
+    launches += [(shape, way, gpus) for gpus in arguments.gpus for shape in shapes for way in ("ddp", "fsdp")]
+    done = set(map(key, record["runs"]))
+    failed = []
+    for shape, way, gpus in [launch for launch in launches if launch not in done]:
+        if record["runs"] and time.perf_counter() - start > arguments.seconds:  # never before the first
+            print(f"no time left for {shape}, {way} on {gpus}; the same command goes on")
+            continue
+        try:
+            lines = launched(way, gpus, shape, arguments)
+        except RuntimeError as error:
+            print(error, flush=True)
+            failed.append(f"{shape}, {way} on {gpus}")
+            continue
+        if session is not record:
+            for line in lines:
+                line["continued"] = len(record["continued"]) - 1
+        record["runs"] += lines
+        with_efficiency(record["runs"])
+        session["seconds"] = round(time.perf_counter() - start, 1)
+        write_record(record, arguments.out)
+        for line in lines:
+            peak = max((each["peak_bytes"] for each in line.get("gpus_measured", [])), default=0)
+            print(
+                f"{session['seconds']:6.1f} s  {shape:4} {way:5} on {gpus}  {line['rows_per_gpu']:2}×"
+                f"{line['tokens_per_row']}  {line.get('step_ms', 'out of memory')} ms  "
+                f"efficiency {line.get('efficiency', 0):.3f}  {peak / 2**30:.2f} GiB  "
+                f"{sum(line['sent_bytes'].values()) / 2**20:.1f} MiB sent",
+                flush=True,
+            )
+    if failed:
+        sys.exit(f"failed: {'; '.join(failed)}. Their own words stand above; the same command tries them again")
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "data" / "runs" / "scaling.json")
+    parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--gpus", type=int, nargs="+", default=[2], help="how many together; one alone is always there")
     parser.add_argument("--shapes", nargs="+", choices=["1B", "7B"], default=["1B", "7B"])
     parser.add_argument("--toy", action="store_true", help="a tiny shape on two processes, to try the script")
@@ -276,58 +350,16 @@ def main() -> None:
     if not arguments.toy and torch.cuda.device_count() < most:
         print(f"scaling needs {most} GPUs and found {torch.cuda.device_count()}: nothing was measured (--toy tries it)")
         return
-    start = time.perf_counter()
-    shapes = ["toy"] if arguments.toy else arguments.shapes
-    launches = [(shape, "alone", 1) for shape in shapes]
-    launches += [(shape, way, gpus) for gpus in arguments.gpus for shape in shapes for way in ("ddp", "fsdp")]
-    hardware = f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}" if CUDA else platform.machine()
-    session = provenance("benchmarks/scaling.py", hardware, arguments.commit, "accelerate")
-    session["versions"]["nccl"] = ".".join(map(str, torch.cuda.nccl.version())) if CUDA else None
-    new: dict[str, Any] = {
-        "what": "LoRA training steps on several GPUs, each with the same batch; random weights in bf16, no dropout",
-        **session,
-        "seed": SEED,
-        "rank": RANK,
-        "shapes": {shape: SHAPES[shape] for shape in (["toy"] if arguments.toy else ["1B", "7B"])},
-        "steps": arguments.steps,
-        "warmup": arguments.warmup,
-        "runs": [],
-    }
-    try:
-        record = resumed(arguments.out, new, ("hardware", "seed", "rank", "shapes", "steps", "warmup"))
-    except ValueError as error:
-        parser.error(str(error))
-    done = {(line["shape"], line["way"], line["gpus"]) for line in record["runs"]}
-    if done:
-        record.setdefault("continued", []).append(session)
-    else:
-        session = record
-    failed = []
-    for shape, way, gpus in [launch for launch in launches if launch not in done]:
-        if record["runs"] and time.perf_counter() - start > arguments.seconds:  # never before the first
-            print(f"no time left for {shape}, {way} on {gpus}; the same command goes on")
-            continue
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    with alone(arguments.out):
         try:
-            lines = launched(way, gpus, shape, arguments)
-        except RuntimeError as error:
-            print(error, flush=True)
-            failed.append(f"{shape}, {way} on {gpus}")
-            continue
-        record["runs"] += lines
-        with_efficiency(record["runs"])
-        session["seconds"] = round(time.perf_counter() - start, 1)
-        write_record(record, arguments.out)
-        for line in lines:
-            peak = max((each["peak_bytes"] for each in line.get("gpus_measured", [])), default=0)
-            print(
-                f"{session['seconds']:6.1f} s  {shape:4} {way:5} on {gpus}  {line['rows_per_gpu']:2}×"
-                f"{line['tokens_per_row']}  {line.get('step_ms', 'out of memory')} ms  "
-                f"efficiency {line.get('efficiency', 0):.3f}  {peak / 2**30:.2f} GiB  "
-                f"{sum(line['sent_bytes'].values()) / 2**20:.1f} MiB sent",
-                flush=True,
-            )
-    if failed:
-        sys.exit(f"failed: {'; '.join(failed)}. Their own words stand above; the same command tries them again")
+            record, session = begun(arguments)
+        except ValueError as error:
+            if arguments.out != OUT:
+                parser.error(str(error))
+            print(f"nothing was measured: {error}")  # the shipped record, on another machine
+            return
+        fill(record, session, arguments)
 
 
 if __name__ == "__main__":

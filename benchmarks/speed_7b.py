@@ -45,22 +45,21 @@ except ImportError:
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
 ROOT = Path(__file__).resolve().parents[1]
 R = 16
-ALL_UP_TO = 4096  # tokens a step; above, all but the LARGE ones
-LARGE = ("peft, fp32 adapter", "fast, captured", "full, compiled and captured")  # ways that need the most memory
+ALL_UP_TO = 4096  # tokens a step; above, all but the large ones, which need the most memory
 AUTOTUNED = "max-autotune-no-cudagraphs"
 WAYS: dict[str, dict[str, Any]] = {
     "full": {},
     "full, compiled": {"compile": True},
-    "peft, fp32 adapter": {"lora": "peft", "autocast_adapter_dtype": True},
+    "peft, fp32 adapter": {"lora": "peft", "autocast_adapter_dtype": True, "large": True},
     "peft": {"lora": "peft"},
     "plain": {"lora": "ours"},
     "fast": {"lora": "ours", "fast": True},
     "plain, compiled": {"lora": "ours", "compile": True},
     "fast, compiled": {"lora": "ours", "fast": True, "compile": True},
-    "fast, captured": {"lora": "ours", "fast": True, "capture": True},
+    "fast, captured": {"lora": "ours", "fast": True, "capture": True, "large": True},
     "plain, compiled and captured": {"lora": "ours", "compile": True, "capture": True},
     "fast, compiled and captured": {"lora": "ours", "fast": True, "compile": True, "capture": True},
-    "full, compiled and captured": {"compile": True, "capture": True},
+    "full, compiled and captured": {"compile": True, "capture": True, "large": True},
     # The compiler tries several kernels for each product, some of which add LoRA's update on the way: minutes more.
     "plain, autotuned and captured": {"lora": "ours", "compile": True, "capture": True, "mode": AUTOTUNED},
 }
@@ -218,17 +217,18 @@ def read(out: Path) -> dict[str, Any]:
 
 
 def is_there(line: dict[str, Any], out: Path) -> bool:
-    """Whether the record answers the line's question already, by the same code on a machine of this kind."""
+    """Whether the record answers the line's question already, whole, by the same code on a machine of this kind."""
     here = line["machine"]
     for each in read(out)["shapes"]:
         asked = all(each.get(key) == line[key] for key in ("batch", "tokens", "asked", "rounds"))
-        if asked and all(each["machine"][key] == here[key] for key in ("commit", "hardware", "versions")):
+        alike = all(each["machine"][key] == here[key] for key in ("commit", "hardware", "versions"))
+        if asked and alike and not each["failed"]:
             return here["commit"] != "unknown"
     return False
 
 
 def add(line: dict[str, Any], out: Path) -> None:
-    """Write the line into the record, in place of one that answers the same question."""
+    """Write the line into the record, in place of one that answers the same question, in however many rounds."""
     record, same = read(out), ("batch", "tokens", "asked")
     record["shapes"] = [each for each in record["shapes"] if any(each[key] != line[key] for key in same)]
     record["shapes"].append(line)
@@ -260,8 +260,9 @@ def main() -> None:
     for batch, tokens in arguments.shape or [(2, 16) if arguments.toy else (4, 512)]:
         names = asked
         if batch * tokens > ALL_UP_TO and not arguments.ways:
-            names = [name for name in asked if name not in LARGE]
+            names = [name for name in asked if not WAYS[name].get("large")]
         machine = surroundings("bfloat16")
+        machine["versions"]["peft"] = peft.__version__ if peft else None
         question = {"batch": batch, "tokens": tokens, "asked": names, "rounds": arguments.rounds, "machine": machine}
         if is_there(question, arguments.out):
             print(f"{batch}×{tokens} is there already, by this commit", flush=True)

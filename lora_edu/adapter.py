@@ -55,7 +55,7 @@ class AdapterLayer(Wrapper):
     def __init__(self, base: nn.Module, adapter_name: str = "default", autocast_adapter_dtype: bool = True):
         super().__init__()
         pretrained = innermost(base)
-        if not pretrained.weight.is_floating_point():
+        if not (pretrained.weight.is_floating_point() or pretrained.weight.is_complex()):
             raise TypeError(
                 f"the {type(pretrained).__name__} keeps its weight packed as {pretrained.weight.dtype}, and the layers "
                 "here read it as numbers: load the model unquantised, or adapt it with PEFT"

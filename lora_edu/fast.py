@@ -134,6 +134,7 @@ def _backward(ctx: Any, gs: Sequence[Tensor]) -> tuple[Any, ...]:
 
 # Layers that read x together read it once: their thin matrices are stacked for one product. Dropout, which gives each
 # an x of its own, and different scalings keep them apart. The scale goes to A or its gradient, the smallest tensors.
+# (Stacked, the gradients of the As are parts of one tensor.)
 
 
 def _together(scalings: list[float], masks: Sequence[Tensor | None]) -> bool:

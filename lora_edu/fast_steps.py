@@ -19,8 +19,9 @@ def compile_blocks(model: nn.Module, **options: Any) -> int:
     """Compile every block of a transformer in place, and its loss; returns how many blocks. Built in lesson 21.
 
     The blocks are the longest ``nn.ModuleList`` of the model. A few graphs serve all of them: compiling takes as long
-    for 32 blocks as for two. The loss of a model of transformers becomes a graph of its own, which spares the copies of
-    the logits in float32. What lies outside, as the embedding, stays as it is.
+    for 32 blocks as for two. A loss that goes through transformers' ``model.loss_function``, as that of decoders does,
+    becomes a graph of its own, which spares the copies of the logits in float32; such a model can no longer be pickled
+    whole, but copied and saved by ``save_adapter``. What lies outside, as the embedding, stays as it is.
 
     Args:
         model: with its adapters; inject them first.
@@ -37,7 +38,7 @@ def compile_blocks(model: nn.Module, **options: Any) -> int:
     options = {"dynamic": False} | options
     for block in blocks:
         block.compile(**options)
-    if isinstance(model, PreTrainedModel):
+    if isinstance(model, PreTrainedModel) and model.loss_type is not None:
         model.loss_function = torch.compile(model.loss_function, **options)
     return len(blocks)
 

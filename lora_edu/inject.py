@@ -76,7 +76,7 @@ def inject(
     Raises:
         ValueError: no module fits (near names are listed), the name is taken, the model is a bare layer, an adapter
             is merged, or a layer cannot be adapted. The model is then as it was before.
-        TypeError: the config is no adapter config, or a target's weight is quantised.
+        TypeError: the config is no adapter config, or a target's weight is packed into integers.
 
     Built in lesson 04.
     """

@@ -1,6 +1,7 @@
-"""Reading the recorded runs in ``data/runs/``: pick them by their settings, average over seeds, say where they ran.
+"""The recorded runs in ``data/runs/``: pick them by their settings, average over seeds, say where they ran, write them.
 
-The sweeps are made by ``lora_edu/lab/full_runs.py``. Lessons 07 and 10 plot them.
+The sweeps are made by ``lora_edu/lab/full_runs.py``, and each of their runs names one of the ``surroundings``; a
+benchmark's record says its ``provenance`` once. Lessons 07 and 10 plot them.
 """
 
 import json
@@ -10,10 +11,11 @@ import statistics
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import date
 from importlib.metadata import version
 from importlib.util import find_spec
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -175,11 +177,13 @@ def provenance(script: str, hardware: str, given_commit: str | None, *libraries:
     }
 
 
-def resumed(path: Path, new: dict[str, Any], same: Sequence[str]) -> dict[str, Any]:
+def resumed(
+    path: Path, new: dict[str, Any], same: Sequence[str], key: Callable[[dict[str, Any]], Any]
+) -> dict[str, Any]:
     """The record in the file, to be gone on with; ``new`` if there is none.
 
     Lines of one file are compared with each other, so they come from one version of PyTorch, and what ``same`` names
-    (the hardware, the number of steps) is what it was.
+    (the hardware, the number of steps) is what it was. ``key`` tells one line from the others.
 
     Raises:
         ValueError: if the file holds something else, or was recorded elsewhere or otherwise.
@@ -190,9 +194,12 @@ def resumed(path: Path, new: dict[str, Any], same: Sequence[str]) -> dict[str, A
         found = json.loads(path.read_text(encoding="utf-8"))
         pairs = {name: (found[name], new[name]) for name in same}
         pairs["torch"] = (found["versions"]["torch"], new["versions"]["torch"])
-        found["runs"] = [dict(line) for line in found["runs"]]
+        list(map(key, [*found["runs"], *found.get("further_runs", [])]))
+        list(map(itemgetter("commit"), found.get("continued", [])))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no record that can be continued ({type(error).__name__}: {error})") from None
+        raise ValueError(
+            f"{path} is no record that can be continued ({type(error).__name__}: {error}). Name another file with --out"
+        ) from None
     if other := [f"{name} {there!r}, now {here!r}" for name, (there, here) in pairs.items() if there != here]:
         raise ValueError(
             f"{path} was recorded with {'; '.join(other)}: lines that cannot be compared do not go into one file. "

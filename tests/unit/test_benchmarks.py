@@ -204,8 +204,8 @@ def test_two_ways_that_train_all_weights_share_their_moments(monkeypatch):
 def test_speed_7b_measures_several_shapes_and_outlives_a_way_that_fails(monkeypatch, capsys, tmp_path):
     """With many tokens the ways that keep the most memory are left out, unless they are asked for by name."""
     speed_7b, out = script("speed_7b"), tmp_path / "toy.json"
-    fast = {"lora": "ours", "fast": True}
-    ways = {"fast, captured": fast | {"capture": True}, "full": {}, "full again": {}, "peft": {"lora": "peft"}}
+    large = {"lora": "ours", "fast": True, "capture": True, "large": True}
+    ways = {"fast, captured": large, "full": {}, "full again": {}, "peft": {"lora": "peft"}}
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setattr(speed_7b, "WAYS", ways)
     monkeypatch.setattr(speed_7b, "ALL_UP_TO", 16)
@@ -221,6 +221,10 @@ def test_speed_7b_measures_several_shapes_and_outlives_a_way_that_fails(monkeypa
         assert line["failed"]["peft"].startswith("AttributeError")
         assert all(len(way["steps_ms"]) == 2 and way["compiled_graphs"] == 0 for way in line["ways"].values())
     assert "peft failed" in capsys.readouterr().out
+    monkeypatch.setenv("LORA_EDU_COMMIT", 40 * "a")
+    for _ in range(2):  # what failed is tried again
+        speed_7b.main()
+        assert "peft failed" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(not RECORD.exists(), reason="data/runs/peft_speed.json is not recorded yet")

@@ -6,11 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from transformers.pytorch_utils import Conv1D
 
 from lora_edu import LoraConfig, LoRALinear, disable_adapter, inject, merge, merge_and_unload, set_adapter, unmerge
 from lora_edu.adapter import adapter_layers
-from lora_edu.fast import _random_mask, lora_linear
+from lora_edu.fast import _kept_share, _random_mask, lora_linear, lora_linears
 from lora_edu.fast_layers import FastLoRAConv1D, FastLoRALinear
 from lora_edu.flops import step_flops
 from lora_edu.measure import saved_bytes
@@ -77,9 +78,77 @@ def test_only_what_is_asked_for_gets_a_gradient():
     assert A.grad is not None
     assert B.grad is not None
     y = lora_linear(x.requires_grad_(), W, b, A.detach(), B.detach(), S)
-    y += 1  # the output is no view: a model may write into it
+    y += 1  # the output is nobody else's: a model may write into it
     y.sum().backward()
     assert torch.allclose(x.grad, (W + S * B @ A).sum(0).expand(4, -1))
+
+
+def fused_and_by_hand(ranks, scalings, dropouts, monkeypatch):
+    """Outputs and gradients of three layers of one input, fused, and by the plain formula with the same masks."""
+    torch.manual_seed(0)
+    x = torch.randn(4, 12, dtype=torch.float64, requires_grad=True)
+    layers = [factors(out_features=5 + i, r=r, seed=i) for i, r in enumerate(ranks)]
+    layers[1][1] = None
+    leaves = [x, *(t.requires_grad_() for layer in layers for t in layer if t is not None)]
+    drawn = []
+
+    def draw(*arguments):
+        drawn.append(_random_mask(*arguments))
+        return drawn[-1]
+
+    monkeypatch.setattr("lora_edu.fast._random_mask", draw)
+    fused = lora_linears(x, layers, scalings, dropouts)
+    masks = [drawn.pop(0).double() / _kept_share(p) if p else 1 for p in dropouts]
+    hand = [
+        F.linear(x, W, b) + s * ((mask * x) @ A.T @ B.T)
+        for (W, b, A, B), s, mask in zip(layers, scalings, masks, strict=True)
+    ]
+    results = []
+    for ys in (fused, hand):
+        found = torch.autograd.grad(sum(y.square().sum() for y in ys), leaves)
+        results.append([*ys, *found])
+    return results
+
+
+KEPT = _kept_share(0.4)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "scalings", "dropouts"),
+    [
+        ((2, 2, 2), (S, S, S), (0, 0, 0)),
+        ((2, 4, 1), (S, S, S), (0, 0, 0)),
+        ((2, 2, 2), (S, 0.5, -3), (0, 0, 0)),
+        ((2, 4, 1), (S, 0.5, S), (0.4, 0.4, 0.4)),
+        ((2, 4, 1), (S, 0.5, 1), (0, 0.4, 0)),
+        ((2, 2, 2), (S, S * KEPT, S), (0, 0.4, 0)),  # equal once the kept entries are scaled up
+    ],
+    ids=str,
+)
+def test_layers_that_read_together_may_differ(ranks, scalings, dropouts, monkeypatch):
+    fused, hand = fused_and_by_hand(ranks, list(scalings), list(dropouts), monkeypatch)
+    for one, other in zip(fused, hand, strict=True):
+        assert torch.allclose(one, other, rtol=1e-10, atol=1e-10)
+
+
+def test_compiled_sums_stay_in_place():
+    """The compiler is handed the operation that it leaves alone; of addmm_ it would make a copy and a sum."""
+    graphs = []
+
+    def look(graph, inputs):
+        graphs.append(graph.code)
+        return graph
+
+    torch.compiler.reset()
+    W, b, A, B = factors()
+    compiled = torch.compile(lora_linear, backend=aot_autograd(fw_compiler=look, bw_compiler=look))
+    x = torch.randn(7, 12, dtype=torch.float64)
+    y, found = grads(lambda x, A, B: compiled(x, W, b, A, B, S), x, A, B)
+    reference, expected = grads(lambda x, A, B: plain(x, W, b, A, B, S), x, A, B)
+    assert all(torch.allclose(one, other) for one, other in zip([y, *found], [reference, *expected], strict=True))
+    forward, backward = graphs
+    assert "lora_edu.add_product_" in forward
+    assert "lora_edu.add_product_" in backward
 
 
 def test_strided_inputs_and_outputs():

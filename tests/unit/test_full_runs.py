@@ -199,6 +199,8 @@ def test_a_model_that_cannot_be_built_is_a_result(memory_7b, tmp_path, monkeypat
         ({"versions": {"torch": "2.0"}}, "was recorded with torch '2.0', now "),
         ({"steps": 7}, "was recorded with steps 7, now 1"),
         ({"runs": None}, "is no record that can be continued"),
+        ({"further_runs": [3]}, "is no record that can be continued"),
+        ({"continued": None}, "is no record that can be continued"),
         ({"config": {}}, "was recorded with config {}"),
     ],
 )
@@ -224,7 +226,7 @@ def test_the_shipped_record_can_be_continued(memory_7b):
     config = script.load_config(script.SHAPES["7b"])
     new = {name: record[name] for name in ("hardware", "seed", "steps", "warmup", "versions")}
     new["config"] = {name: getattr(config, name) for name in script.CONFIG}
-    assert script.resumed(path, new, new.keys() - {"versions"}) == record
+    assert script.resumed(path, new, new.keys() - {"versions"}, script.key) == record
     full = module(BENCHMARK)
     done = {full.key(line) for line in [*record["runs"], *record["further_runs"]]}
     assert done == {full.key(line) for line in full.wanted(list(full.SHAPES), full.BATCHES)}  # nothing is left

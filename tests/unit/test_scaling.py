@@ -109,10 +109,14 @@ def test_launches_that_failed_are_made_again_and_the_others_kept(monkeypatch, ca
     assert [(line["way"], line["efficiency"]) for line in record["runs"]] == [("alone", 1), ("fsdp", 1), ("ddp", 1)]
     (session,) = record["continued"]
     assert session["command"].startswith("python benchmarks/scaling.py --toy")
+    assert [line.get("continued") for line in record["runs"]] == [None, None, 0]
     monkeypatch.setattr(sys, "argv", ["scaling.py", "--toy", "--steps", "7", "--out", str(out)])
     with pytest.raises(SystemExit):
         script().main()
     assert "was recorded with steps 20, now 7" in capsys.readouterr().err
+    monkeypatch.setattr(script(), "OUT", out)  # as make bench meets the shipped record
+    script().main()
+    assert "nothing was measured: " in capsys.readouterr().out
     assert json.loads(out.read_text()) == record
 
 
