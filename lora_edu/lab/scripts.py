@@ -55,7 +55,7 @@ SCRIPTS = {
     "speed_7b": Script(
         "benchmarks/speed_7b.py",
         "lesson 21: a 7B LoRA step by every way to take it (--shape, --ways)",
-        ("shapes", "shapes"),
+        ("shapes", "lines"),
         "a GPU of 141 GB; PEFT to compare with",
     ),
     "scaling": Script(
@@ -124,5 +124,6 @@ def line(name: str) -> str:
     """What a script is for, how much of it is recorded, and what it needs, in one line."""
     script = SCRIPTS[name]
     path, (field, unit) = data_path("runs", f"{name}.json"), script.results
-    found = len(json.loads(path.read_text(encoding="utf-8"))[field]) if path.exists() else 0
+    record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    found = sum(len(record.get(each, ())) for each in (field, "further_runs"))
     return f"{script.what}; {found or 'no'} {unit} recorded; needs {script.needs}"

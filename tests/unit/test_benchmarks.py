@@ -188,6 +188,22 @@ def test_speed_7b_runs_on_a_toy_and_adds_to_its_record(monkeypatch, capsys, tmp_
     assert reached["peft"] == pytest.approx(reached["fast"], rel=2e-2)
 
 
+def test_a_line_is_there_only_if_the_same_code_answered_the_same_question_whole(tmp_path):
+    speed_7b, out = script("speed_7b"), tmp_path / "record.json"
+    machine = {"commit": 40 * "a", "hardware": "a GPU", "versions": {"torch": "2.11"}, "date": "2026-01-01"}
+    line = {"batch": 1, "tokens": 512, "asked": ["full"], "rounds": 8, "failed": {}, "machine": machine}
+    assert not speed_7b.is_there(line, out)
+    speed_7b.add(line, out)
+    assert speed_7b.is_there(line | {"machine": machine | {"date": "2026-01-02"}}, out)
+    for other in ({"commit": 40 * "b"}, {"hardware": "another"}, {"versions": {"torch": "2.12"}}):
+        assert not speed_7b.is_there(line | {"machine": machine | other}, out)
+    for other in ({"batch": 4}, {"tokens": 256}, {"asked": ["full", "peft"]}, {"rounds": 9}):
+        assert not speed_7b.is_there(line | other, out)
+    for other in ({"failed": {"peft": "not installed"}}, {"machine": machine | {"commit": "unknown"}}):
+        speed_7b.add(line | other, out)
+        assert not speed_7b.is_there(line | other, out)
+
+
 def test_two_ways_that_train_all_weights_share_their_moments(monkeypatch):
     """As they share the weights; adapters have moments of their own."""
     monkeypatch.setattr(sys, "path", [*sys.path])
