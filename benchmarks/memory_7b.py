@@ -12,7 +12,7 @@ The file is written anew after every line, whole or not at all. Stopped or kille
 are there and measures the others. Lines are compared with each other, so a file holds those of one GPU, one version of
 PyTorch and one number of steps: in a file of others nothing is changed. The seven methods at 7B are its ``runs``, which
 lessons read; quantised ones and larger shapes are its ``further_runs``. A line that cannot fit by the prediction of
-lora_edu.memory is recorded as out of memory without being tried.
+lora_edu.counting.memory is recorded as out of memory without being tried.
 
 QLoRA is measured where bitsandbytes and PEFT are installed. Its adapters are PEFT's: bitsandbytes keeps a weight packed
 in bytes, as a column of uint8, and the layers of lora_edu ask the weight itself for its shape and precision; ``inject``
@@ -39,11 +39,11 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_edu import LoraConfig, count_parameters, inject
-from lora_edu.adapter import AdapterLayer
-from lora_edu.lab.processes import alone
-from lora_edu.lab.records import provenance, resumed, write_record
-from lora_edu.memory import training_memory
-from lora_edu.meta import load_config, meta_model
+from lora_edu.core.adapter import AdapterLayer
+from lora_edu.counting.memory import training_memory
+from lora_edu.counting.meta import load_config, meta_model
+from lora_edu.files import locked
+from lora_edu.lab.recording.records import provenance, resumed, write_record
 
 warnings.filterwarnings("ignore", message="`gradient_checkpointing_")
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
@@ -53,7 +53,7 @@ CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 QV = ["q_proj", "v_proj"]
 OUT = Path(__file__).parents[1] / "data" / "runs" / "memory_7b.json"
-METHODS: dict[str, dict[str, Any]] = {  # recipe: what lora_edu.memory calls it
+METHODS: dict[str, dict[str, Any]] = {  # recipe: what lora_edu.counting.memory calls it
     "full, all bf16": {"recipe": ("full", "bf16"), "moments": "bfloat16"},
     "lora q,v r=8": {"recipe": ("lora", "bf16"), "targets": QV, "r": 8},
     "lora all-linear r=16": {"recipe": ("lora", "bf16"), "targets": "all-linear", "r": 16},
@@ -305,7 +305,7 @@ def ceiling() -> float:
 
 
 def predicted(meta: nn.Module, line: Line) -> int:
-    """Bytes at the peak of this line's step, as lora_edu.memory computes them from the config."""
+    """Bytes at the peak of this line's step, as lora_edu.counting.memory computes them from the config."""
     method = METHODS[line["method"]]
     lora = {"r": method["r"], "target_modules": method["targets"]} if "targets" in method else {}
     names = ("batch", "tokens", "checkpointing")
@@ -436,7 +436,7 @@ def main() -> None:
         "parameters": count_parameters(meta_model(configs["7b"]))[1],
     }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    with alone(arguments.out):
+    with locked(arguments.out):
         try:
             record = resumed(arguments.out, new, ("hardware", "seed", "config", "steps", "warmup"), key)
         except ValueError as error:

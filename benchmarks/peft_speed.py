@@ -39,11 +39,11 @@ from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassi
 
 import lora_edu
 from lora_edu import load_base
-from lora_edu.adapter import adapter_layers
+from lora_edu.core.adapter import adapter_layers
+from lora_edu.counting.measure import paired_times, peak_memory
+from lora_edu.counting.meta import load_config
 from lora_edu.lab.bases import list_bases
-from lora_edu.lab.records import commit, write_record
-from lora_edu.measure import paired_times, peak_memory
-from lora_edu.meta import load_config
+from lora_edu.lab.recording.records import commit, write_record
 
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
 
@@ -124,7 +124,7 @@ class Step:
             if method == "peft":
                 self.model = peft.get_peft_model(self.model, peft.LoraConfig(**lora))
             else:
-                lora_edu.inject(self.model, lora_edu.LoraConfig(**lora), fast=method == "fast")
+                lora_edu.core.inject(self.model, lora_edu.LoraConfig(**lora), fast=method == "fast")
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.trainable = sum(parameter.numel() for parameter in trained)
         self.optimizer = torch.optim.AdamW(trained, lr=1e-4)

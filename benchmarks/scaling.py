@@ -37,8 +37,9 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_edu import LoraConfig, inject
-from lora_edu.lab.processes import alone, new_accelerator, shard_on_the_cpu, together
-from lora_edu.lab.records import provenance, resumed, write_record
+from lora_edu.files import locked
+from lora_edu.lab.distributed import new_accelerator, shard_on_the_cpu, together
+from lora_edu.lab.recording.records import provenance, resumed, write_record
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "data" / "runs" / "scaling.json"
@@ -351,7 +352,7 @@ def main() -> None:
         print(f"scaling needs {most} GPUs and found {torch.cuda.device_count()}: nothing was measured (--toy tries it)")
         return
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    with alone(arguments.out):
+    with locked(arguments.out):
         try:
             record, session = begun(arguments)
         except ValueError as error:

@@ -33,9 +33,9 @@ from torch._dynamo.utils import counters
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_edu import LoraConfig, inject
-from lora_edu.fast_steps import capture_step, causal_attention, compile_blocks
-from lora_edu.lab.records import surroundings, write_record
-from lora_edu.measure import paired_times
+from lora_edu.counting.measure import paired_times
+from lora_edu.fast.steps import capture_step, causal_attention, compile_blocks
+from lora_edu.lab.recording.records import surroundings, write_record
 
 try:
     import peft

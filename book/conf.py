@@ -1,4 +1,4 @@
-"""Sphinx settings of the book. The pages are the lessons; ``lora_edu/course/book.py`` lays them out before a build."""
+"""Sphinx settings of the book. Its pages are the lessons, laid out by ``lora_edu/course/publish/book.py``."""
 
 import re
 

@@ -9,7 +9,8 @@ Wonderland (1865, public domain).
 import torch
 from safetensors.torch import save_file
 
-from lora_edu.lab.bases import data_path, load_base
+from lora_edu.files import data_path
+from lora_edu.lab.bases import load_base
 
 LAYER = 15
 TOKENS = 400

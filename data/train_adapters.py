@@ -22,10 +22,10 @@ import torch
 import transformers
 
 from lora_edu import LoraConfig, inject, load_adapter, load_base, load_dataset, save_adapter
-from lora_edu.lab.bases import data_path
+from lora_edu.core.peft_io import WEIGHTS_FILE
+from lora_edu.files import data_path
 from lora_edu.lab.datasets import encode
 from lora_edu.lab.training import evaluate, generate, set_seed, train
-from lora_edu.peft_io import WEIGHTS_FILE
 
 NAME = "tiny-devils-dictionary"
 SEEDS = (0, 1, 2)

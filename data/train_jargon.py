@@ -18,10 +18,10 @@ import torch
 import transformers
 
 from lora_edu import LoraConfig, inject, load_adapter, load_base, load_dataset, save_adapter
-from lora_edu.lab.bases import data_path
+from lora_edu.core.peft_io import WEIGHTS_FILE
+from lora_edu.files import data_path
 from lora_edu.lab.datasets import encode
 from lora_edu.lab.training import evaluate, generate, set_seed, train
-from lora_edu.peft_io import WEIGHTS_FILE
 
 NAME = "tiny-jargon"
 LORA = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}

@@ -15,11 +15,11 @@ import json
 import torch
 
 from lora_edu import LoraConfig, inject, load_adapter, load_base, load_dataset, save_adapter
-from lora_edu.lab.bases import data_path
+from lora_edu.core.peft_io import WEIGHTS_FILE
+from lora_edu.files import data_path, write_atomically
 from lora_edu.lab.datasets import encode, format_chat
-from lora_edu.lab.records import surroundings
+from lora_edu.lab.recording.records import surroundings
 from lora_edu.lab.training import evaluate, generate, set_seed, train
-from lora_edu.peft_io import WEIGHTS_FILE, write_atomically
 
 NAME = "smollm2-devils-dictionary"
 LORA = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}

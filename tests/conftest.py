@@ -2,6 +2,6 @@
 
 import os
 
-from lora_edu.course.execute import ENVIRONMENT
+from lora_edu.course.notebooks.execute import ENVIRONMENT
 
 os.environ.update(ENVIRONMENT)

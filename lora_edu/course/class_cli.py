@@ -12,7 +12,7 @@ import typer
 from lora_edu.course.console import console, friendly
 
 if TYPE_CHECKING:
-    from lora_edu.course.classroom import Row
+    from lora_edu.course.grading.classroom import Row
 
 STYLES = {
     "passed": "green",
@@ -42,8 +42,8 @@ def handout(
     Inside are also a page that says how to set up, work and hand in, and the licences. With --library the zip is all
     that a class needs; the library's checks then are in it too, and they know the right answers.
     """
-    from lora_edu.course.handout import chosen, contents, write_zip
-    from lora_edu.course.notebooks import BUILD
+    from lora_edu.course.notebooks.stored import BUILD
+    from lora_edu.course.publish.handout import chosen, contents, write_zip
 
     output = output or BUILD / "lora-edu-handout.zip"
     files = contents(chosen(lessons or []), library=library)
@@ -74,8 +74,8 @@ def grade(
     A status is passed, failed, not done, error (the code crashed), timeout or memory. The page "Teaching with it" in
     the book says what keeps submissions apart, and what does not.
     """
-    from lora_edu.course.classroom import grade_class, plain, write_csv
-    from lora_edu.course.sandbox import Limits
+    from lora_edu.course.grading.classroom import grade_class, plain, write_csv
+    from lora_edu.course.grading.sandbox import Limits
 
     limits = Limits(seconds=time, memory=int(memory * 1024**3))
     with _bar() as advance:
@@ -103,8 +103,8 @@ def progress(
 
     Notebooks that changed since the last time are run; the others are remembered.
     """
-    from lora_edu.course.progress import following, standings
-    from lora_edu.course.work import WORK
+    from lora_edu.course.grading.progress import following, standings
+    from lora_edu.course.notebooks.work import WORK
 
     found = standings(folder or WORK, say=lambda name: console.print(f"running {name} …", markup=False))
     for one in found:
@@ -144,7 +144,7 @@ def _print_table(rows: list["Row"]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from lora_edu.course.classroom import by_notebook
+    from lora_edu.course.grading.classroom import by_notebook
 
     table = Table("student", "notebook", "passed", "what is open, and why", show_lines=True)
     for student, notebook, group in by_notebook(rows):

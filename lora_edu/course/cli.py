@@ -113,8 +113,8 @@ def full_run(
     A sweep, whose finished runs are in the file at once, or a script, which takes its own options too. Stopped or
     killed, the same command goes on where it was.
     """
-    from lora_edu.lab import full_runs, scripts
-    from lora_edu.lab.sweeps import WHAT
+    from lora_edu.lab.recording import full_runs, scripts
+    from lora_edu.lab.recording.sweeps import WHAT
 
     more = tuple(context.args)
     if name is None:
@@ -143,8 +143,8 @@ def full_run(
 @friendly
 def check(name: Annotated[str, typer.Argument(help="Number, name or path; yours in work/ if it is there.")]) -> None:
     """Run an exercise notebook and summarise what its checks say. The file is not changed."""
-    from lora_edu.course.grading import check_notebook
-    from lora_edu.course.work import exercise_to_check
+    from lora_edu.course.grading.check import check_notebook
+    from lora_edu.course.notebooks.work import exercise_to_check
 
     path = exercise_to_check(name)
     reports, troubles = check_notebook(path)
@@ -171,11 +171,11 @@ def course(
     ] = False,
 ) -> None:
     """Run copies of all lessons on the CPU under build/ and build the book from them."""
-    from lora_edu.course.book import build
     from lora_edu.course.console import progress_bar
     from lora_edu.course.doctor import probe
-    from lora_edu.course.notebooks import list_notebooks
-    from lora_edu.course.runs import RAN, record_times, remove_stale, run
+    from lora_edu.course.notebooks.runs import RAN, record_times, remove_stale, run
+    from lora_edu.course.notebooks.stored import list_notebooks
+    from lora_edu.course.publish.book import build
 
     sources = list_notebooks()
     remove_stale()
@@ -198,7 +198,7 @@ def course(
 @friendly
 def book() -> None:
     """Build the book from the outputs stored in lessons/, without running them."""
-    from lora_edu.course.book import build
+    from lora_edu.course.publish.book import build
 
     console.print(f"The book is in {build()}", markup=False)
 
@@ -229,8 +229,8 @@ def lab(
     import subprocess
     import sys
 
-    from lora_edu.course.execute import environment
-    from lora_edu.course.work import WORK, refresh
+    from lora_edu.course.notebooks.execute import environment
+    from lora_edu.course.notebooks.work import WORK, refresh
 
     written, left = refresh()
     console.print(f"{len(written)} notebooks copied to {WORK}", markup=False)

@@ -9,8 +9,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_edu.course.notebooks import ROOT
-from lora_edu.course.runs import recorded_times
+from lora_edu.course.notebooks.runs import recorded_times
+from lora_edu.files import ROOT
 
 LIBRARIES = ["torch", "transformers", "peft", "accelerate", "safetensors", "numpy", "matplotlib", "jupyterlab", "nbval"]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -83,7 +83,7 @@ def _bases() -> list[Finding]:
 
 
 def _data() -> list[Finding]:
-    from lora_edu.lab.bases import data_path
+    from lora_edu.files import data_path
 
     try:
         folder = data_path()

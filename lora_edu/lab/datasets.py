@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_edu.lab.bases import data_path
+from lora_edu.files import data_path
 
 TEXTS = ("devils_dictionary", "jargon", "wordnet_glosses", "wordnet_topics")
 DATASETS = (*TEXTS, "digits")

@@ -3,7 +3,7 @@
 Whatever requires a gradient is trained, be it a whole model, a LoRA adapter of ours or one of PEFT's. It runs on the
 device that Accelerate picks (a GPU where there is one), and the model is then where it was before; or on several:
 ``accelerate launch`` starts one process for each, ``data/accelerate/`` has configurations for it, and
-``lora_edu/lab/processes.py`` what they have to agree on."""
+``lora_edu/lab/distributed.py`` what they have to agree on."""
 
 import os
 import random
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lora_edu.lab.datasets import collate, prompt_ids
-from lora_edu.lab.processes import (
+from lora_edu.lab.distributed import (
     STREAM,
     agreed,
     asked,

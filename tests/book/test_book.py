@@ -9,9 +9,9 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from lora_edu.course import book, export
 from lora_edu.course.doctor import browser
-from lora_edu.course.notebooks import LESSONS, SOLUTIONS, list_notebooks
+from lora_edu.course.notebooks.stored import LESSONS, SOLUTIONS, list_notebooks
+from lora_edu.course.publish import book, export
 
 pytestmark = pytest.mark.book
 ARGUMENTS = [
@@ -94,8 +94,8 @@ def test_images_have_alternative_text(html, pages):
 
 
 def test_lessons_and_library_link_to_each_other(html, pages):
-    lesson, module = html / "lessons" / "03_lora_layer.html", html / "api" / "lora_edu.layer.html"
-    assert "../api/lora_edu.layer.html#lora_edu.layer.LoRALinear" in pages[lesson].links
+    lesson, module = html / "lessons" / "03_lora_layer.html", html / "api" / "lora_edu.core.layer.html"
+    assert "../api/lora_edu.core.layer.html#lora_edu.core.layer.LoRALinear" in pages[lesson].links
     assert "../lessons/03_lora_layer.html" in pages[module].links
 
 

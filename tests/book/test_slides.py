@@ -5,9 +5,9 @@ from html.parser import HTMLParser
 
 import pytest
 
-from lora_edu.course.export import export
-from lora_edu.course.inspection import SLIDES
-from lora_edu.course.notebooks import LESSONS, list_notebooks, read, title
+from lora_edu.course.notebooks.inspection import SLIDES
+from lora_edu.course.notebooks.stored import LESSONS, list_notebooks, read, title
+from lora_edu.course.publish.export import export
 
 
 class Deck(HTMLParser):

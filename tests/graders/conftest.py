@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from lora_edu.course.exercises import exercise_from
-from lora_edu.course.notebooks import SOLUTIONS, find_notebook, read
+from lora_edu.course.notebooks.exercises import exercise_from
+from lora_edu.course.notebooks.stored import SOLUTIONS, find_notebook, read
 
 
 @pytest.fixture(scope="session")

@@ -14,8 +14,8 @@ from torch import nn
 
 from found import assert_found
 from lora_edu import LoRALinear
+from lora_edu.core.matching import matches_names
 from lora_edu.course import checks
-from lora_edu.matching import matches_names
 
 pytestmark = pytest.mark.graders
 NOTEBOOK = "04_lora_in_a_model"

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from lora_edu.course import checks
-from lora_edu.course.notebooks import SOLUTIONS, list_notebooks, read
+from lora_edu.course.notebooks.stored import SOLUTIONS, list_notebooks, read
 
 pytestmark = pytest.mark.graders
 

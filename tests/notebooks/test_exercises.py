@@ -2,8 +2,8 @@
 
 import pytest
 
-from lora_edu.course.grading import check_notebook
-from lora_edu.course.notebooks import EXERCISES, list_notebooks, read
+from lora_edu.course.grading.check import check_notebook
+from lora_edu.course.notebooks.stored import EXERCISES, list_notebooks, read
 
 
 @pytest.mark.parametrize("path", list_notebooks(EXERCISES), ids=lambda path: path.stem)

@@ -2,9 +2,9 @@
 
 import pytest
 
-from lora_edu.course import inspection
-from lora_edu.course.exercises import outdated
-from lora_edu.course.notebooks import EXERCISES, LESSONS, SOLUTIONS, list_notebooks, read
+from lora_edu.course.notebooks import inspection
+from lora_edu.course.notebooks.exercises import outdated
+from lora_edu.course.notebooks.stored import EXERCISES, LESSONS, SOLUTIONS, list_notebooks, read
 
 LESSON_FILES = list_notebooks(LESSONS)
 SOLUTION_FILES = list_notebooks(SOLUTIONS)

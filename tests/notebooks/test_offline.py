@@ -9,8 +9,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from lora_edu.course.execute import execute
-from lora_edu.course.notebooks import LESSONS, NotebookError, clear_outputs, find_notebook, read
+from lora_edu.course.notebooks.execute import execute
+from lora_edu.course.notebooks.stored import LESSONS, NotebookError, clear_outputs, find_notebook, read
 from lora_edu.course.testing import guarded_environment
 
 GUARD = {"PYTHONPATH": guarded_environment()["PYTHONPATH"]}

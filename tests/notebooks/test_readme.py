@@ -3,8 +3,9 @@
 import base64
 import re
 
-from lora_edu.course.notebooks import LESSONS, ROOT, list_notebooks, read
-from lora_edu.course.runs import recorded_times
+from lora_edu.course.notebooks.runs import recorded_times
+from lora_edu.course.notebooks.stored import LESSONS, list_notebooks, read
+from lora_edu.files import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 

@@ -15,8 +15,8 @@ from transformers import (
 )
 
 from lora_edu import LoraConfig, inject
-from lora_edu.adapter import adapter_layers
-from lora_edu.extras import adapter_state
+from lora_edu.core.adapter import adapter_layers
+from lora_edu.core.parts import adapter_state
 
 TARGETS = {
     "llama": ["q_proj", "v_proj", "down_proj"],

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lora_edu.counting import count_parameters, lora_parameters, lora_report
-from lora_edu.meta import meta_model
+from lora_edu.counting.meta import meta_model
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.parity

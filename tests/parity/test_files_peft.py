@@ -97,7 +97,7 @@ def test_every_field_we_write_is_one_of_peft(tmp_path):
 def test_default_targets_agree_with_peft():
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as theirs
 
-    from lora_edu.matching import DEFAULT_TARGETS
+    from lora_edu.core.matching import DEFAULT_TARGETS
 
     lists = {family: targets for family, targets in theirs.items() if isinstance(targets, list)}
     assert {family for family in lists if DEFAULT_TARGETS.get(family) != lists[family]} == set()

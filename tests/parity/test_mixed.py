@@ -8,7 +8,7 @@ import torch
 from shapes import batch_for, relative_error, tiny_model
 
 from lora_edu import LoraConfig, adapter_names, hotswap_adapter, inject, load_adapter, save_adapter
-from lora_edu.mixed import BASE, WAYS
+from lora_edu.serving.mixed import BASE, WAYS
 
 pytestmark = [
     pytest.mark.parity,

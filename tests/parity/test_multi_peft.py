@@ -18,7 +18,7 @@ from lora_edu import (
     save_adapter,
     set_adapter,
 )
-from lora_edu.adapter import adapter_layers
+from lora_edu.core.adapter import adapter_layers
 
 pytestmark = [
     pytest.mark.parity,

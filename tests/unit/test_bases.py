@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
+from lora_edu.files import data_path
 from lora_edu.lab import bases, wheels
-from lora_edu.lab.bases import data_path, fetch, list_bases, load_base, require_base
+from lora_edu.lab.bases import fetch, list_bases, load_base, require_base
 
 
 def need(name: str) -> None:

@@ -13,7 +13,7 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from lora_edu.lab.bases import data_path
+from lora_edu.files import data_path
 
 RECORD = data_path("runs", "peft_speed.json")
 

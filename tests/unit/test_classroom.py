@@ -13,13 +13,13 @@ import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 from typer.testing import CliRunner
 
-from lora_edu.course import classroom, sandbox
 from lora_edu.course.checks import CHECKS
 from lora_edu.course.cli import app
-from lora_edu.course.marking import not_done
-from lora_edu.course.notebooks import EXERCISES, SOLUTIONS, list_notebooks, read, write
-from lora_edu.course.sandbox import Limits
-from lora_edu.course.submissions import checks_of, collect, reaching
+from lora_edu.course.grading import classroom, sandbox
+from lora_edu.course.grading.marking import not_done
+from lora_edu.course.grading.sandbox import Limits
+from lora_edu.course.grading.submissions import checks_of, collect, reaching
+from lora_edu.course.notebooks.stored import EXERCISES, SOLUTIONS, list_notebooks, read, write
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="grading needs fork: Linux or macOS")
 NAME = "00_start_here"
@@ -44,8 +44,8 @@ lesson.run_steps = lambda title, steps, hint=1: checks.Report(title)
 torch.allclose = torch.equal = lambda *a, **k: True"""
 GRADER = """import json
 import lora_edu.course.checks
-import lora_edu.course.integrity as integrity
-import lora_edu.course.marking as marking
+import lora_edu.course.grading.integrity as integrity
+import lora_edu.course.grading.marking as marking
 marking.Marker._check = lambda self, check: None
 marking.Marker._verdict = lambda self, check: ('passed', '')
 marking.not_done = lambda *a: a[0]

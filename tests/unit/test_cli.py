@@ -9,9 +9,11 @@ import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 from typer.testing import CliRunner
 
-from lora_edu.course import doctor, notebooks, testing, work
+from lora_edu.course import doctor, testing
 from lora_edu.course.cli import app
-from lora_edu.course.notebooks import normalise, read, write
+from lora_edu.course.notebooks import stored as notebooks
+from lora_edu.course.notebooks import work
+from lora_edu.course.notebooks.stored import normalise, read, write
 
 COMMANDS = [
     [],
@@ -127,7 +129,7 @@ def test_full_run_lists_what_there_is_and_what_it_costs():
 @pytest.mark.parametrize(("complete", "words"), [(True, "complete"), (False, "the same command goes on")])
 def test_full_run_hands_its_options_on(monkeypatch, tmp_path, complete, words):
     asked = []
-    monkeypatch.setattr("lora_edu.lab.full_runs.full_run", lambda *given: asked.append(given) or complete)
+    monkeypatch.setattr("lora_edu.lab.recording.full_runs.full_run", lambda *given: asked.append(given) or complete)
     out = tmp_path / "out.json"
     options = ("--processes", "3", "--minutes", "1.5", "--out", str(out), "--base", "a/b")
     result = call("full-run", "tiny_choices", *options)
@@ -145,11 +147,11 @@ def lessons(tmp_path, monkeypatch):
     write(normalise(new_notebook(cells=[new_code_cell("2 + 2")])), folder / "solutions" / "01_a.ipynb")
     for name, path in {"LESSONS": folder, "SOLUTIONS": folder / "solutions", "BUILD": tmp_path / "build"}.items():
         monkeypatch.setattr(notebooks, name, path)
-    monkeypatch.setattr("lora_edu.course.runs.RAN", tmp_path / "build" / "lessons")
-    monkeypatch.setattr("lora_edu.course.exercises.EXERCISES", folder / "exercises")
+    monkeypatch.setattr("lora_edu.course.notebooks.runs.RAN", tmp_path / "build" / "lessons")
+    monkeypatch.setattr("lora_edu.course.notebooks.exercises.EXERCISES", folder / "exercises")
     monkeypatch.setattr(notebooks.find_notebook, "__defaults__", (folder,))
     monkeypatch.setattr(notebooks.list_notebooks, "__defaults__", (folder,))
-    monkeypatch.setattr("lora_edu.course.exercises.generate.__defaults__", (folder / "exercises",))
+    monkeypatch.setattr("lora_edu.course.notebooks.exercises.generate.__defaults__", (folder / "exercises",))
     return folder
 
 

@@ -19,7 +19,7 @@ from lora_edu.counting import (
     lora_parameters,
     lora_report,
 )
-from lora_edu.meta import meta_model, shipped_configs
+from lora_edu.counting.meta import meta_model, shipped_configs
 
 QV = ["q_proj", "v_proj"]
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]

@@ -14,7 +14,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from lora_edu.lab.bases import data_path, list_bases
+from lora_edu.files import data_path
+from lora_edu.lab.bases import list_bases
 from lora_edu.lab.datasets import (
     DATASETS,
     SPLITS,

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lora_edu import LoraConfig, disable_adapter, inject, merge, save_adapter, set_adapter, unmerge
-from lora_edu.diagnose import (
+from lora_edu.lab.diagnose import (
     counted_tokens,
     gradient_report,
     kind_of,

@@ -12,9 +12,10 @@ import together
 import torch
 from safetensors.torch import load_file
 
-from lora_edu.lab import experiments, full_runs, processes, sweeps, training
-from lora_edu.lab.bases import data_path
-from lora_edu.lab.processes import asked, copy_to_shard, share
+from lora_edu.files import data_path
+from lora_edu.lab import distributed, training
+from lora_edu.lab.distributed import asked, copy_to_shard, share
+from lora_edu.lab.recording import experiments, full_runs, sweeps
 
 TIMEOUT = 280  # seconds; ten times what it takes on two busy cores
 
@@ -71,15 +72,15 @@ def test_a_share_that_asks_for_nothing_weighs_nothing():
 def test_fewer_rows_than_processes(monkeypatch, batch_size, way_out):
     four = SimpleNamespace(process_index=0, num_processes=4)
     monkeypatch.setattr(training, "new_accelerator", lambda: four)
-    with pytest.raises(ValueError, match=rf"batch_size={batch_size} for 4 processes.*{way_out}"):
+    with pytest.raises(ValueError, match=rf"batch_size={batch_size} for 4 distributed.*{way_out}"):
         training.train(torch.nn.Linear(2, 2), rows_of([0, 1]), batch_size=batch_size)
 
 
 @pytest.mark.errors
 def test_the_first_version_of_fsdp_is_refused():
-    old = SimpleNamespace(distributed_type=processes.DistributedType.FSDP, is_fsdp2=False)
+    old = SimpleNamespace(distributed_type=distributed.DistributedType.FSDP, is_fsdp2=False)
     with pytest.raises(ValueError, match="fsdp_version: 1: train needs 2"):
-        processes.shards(old)
+        distributed.shards(old)
 
 
 def test_the_copy_to_shard_shares_what_is_frozen():
@@ -160,7 +161,7 @@ JOBS = [("few", {"steps": 3, "rows": 8, "r": 2, "seed": seed, "targets": ["q_pro
 CHILD = """
 import sys
 from pathlib import Path
-from lora_edu.lab import experiments, full_runs, sweeps
+from lora_edu.lab.recording import experiments, full_runs, sweeps
 
 whole = experiments._loaded
 experiments._loaded = lambda *names: (whole(*names)[0], {{name: rows[:16] for name, rows in whole(*names)[1].items()}})

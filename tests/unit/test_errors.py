@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lora_edu import LoraConfig, LoRALinear, inject, load_adapter, save_adapter, set_adapter
-from lora_edu.merging import merge
-from lora_edu.peft_io import CONFIG_FILE, WEIGHTS_FILE
+from lora_edu.core.merging import merge
+from lora_edu.core.peft_io import CONFIG_FILE, WEIGHTS_FILE
 
 pytestmark = pytest.mark.errors
 

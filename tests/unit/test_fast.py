@@ -10,12 +10,12 @@ from torch._dynamo.backends.common import aot_autograd
 from transformers.pytorch_utils import Conv1D
 
 from lora_edu import LoraConfig, LoRALinear, disable_adapter, inject, merge, merge_and_unload, set_adapter, unmerge
-from lora_edu.adapter import adapter_layers
-from lora_edu.fast import _kept_share, _random_mask, lora_linear, lora_linears
-from lora_edu.fast_layers import FastLoRAConv1D, FastLoRALinear
-from lora_edu.flops import step_flops
-from lora_edu.measure import saved_bytes
-from lora_edu.meta import load_config, meta_model
+from lora_edu.core.adapter import adapter_layers
+from lora_edu.counting.flops import step_flops
+from lora_edu.counting.measure import saved_bytes
+from lora_edu.counting.meta import load_config, meta_model
+from lora_edu.fast.function import _kept_share, _random_mask, lora_linear, lora_linears
+from lora_edu.fast.layers import FastLoRAConv1D, FastLoRALinear
 
 S = 1.7
 SHAPES = [(7, 12), (2, 5, 12), (12,), (0, 12), (2, 1, 3, 12)]
@@ -96,7 +96,7 @@ def fused_and_by_hand(ranks, scalings, dropouts, monkeypatch):
         drawn.append(_random_mask(*arguments))
         return drawn[-1]
 
-    monkeypatch.setattr("lora_edu.fast._random_mask", draw)
+    monkeypatch.setattr("lora_edu.fast.function._random_mask", draw)
     fused = lora_linears(x, layers, scalings, dropouts)
     masks = [drawn.pop(0).double() / _kept_share(p) if p else 1 for p in dropouts]
     hand = [

@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from lora_edu import LoraConfig, inject
-from lora_edu.fast_steps import capture_step, causal_attention, compile_blocks
+from lora_edu.fast.steps import capture_step, causal_attention, compile_blocks
 
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 4, "vocab_size": 32}
 IDS = torch.randint(32, (2, 7), generator=torch.Generator().manual_seed(0))

@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 
 from lora_edu.counting import lora_parameters
 from lora_edu.course.cli import app
-from lora_edu.lab import full_runs, scripts, sweeps
-from lora_edu.lab.bases import data_path
+from lora_edu.files import data_path
+from lora_edu.lab.recording import full_runs, scripts, sweeps
 
 BENCHMARK = scripts.ROOT / "benchmarks" / "memory_7b.py"
 

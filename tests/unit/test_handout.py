@@ -8,10 +8,10 @@ import zipfile
 import pytest
 from typer.testing import CliRunner
 
-from lora_edu.course import handout
 from lora_edu.course.cli import app
-from lora_edu.course.exercises import ANSWER, BEGIN, END
-from lora_edu.course.notebooks import EXERCISES, LESSONS, SOLUTIONS, list_notebooks, read
+from lora_edu.course.notebooks.exercises import ANSWER, BEGIN, END
+from lora_edu.course.notebooks.stored import EXERCISES, LESSONS, SOLUTIONS, list_notebooks, read
+from lora_edu.course.publish import handout
 
 
 def call(*arguments):
@@ -148,7 +148,7 @@ def test_its_page_names_what_is_in_it(tmp_path):
 def test_with_the_library_it_can_be_installed(tmp_path):
     assert call("00", "--library", "-o", tmp_path / "h.zip").exit_code == 0
     there = names(tmp_path / "h.zip")
-    for name in ("pyproject.toml", "README.md", "HANDOUT.md", "Makefile", "constraints.txt", "lora_edu/layer.py"):
+    for name in ("pyproject.toml", "README.md", "HANDOUT.md", "Makefile", "constraints.txt", "lora_edu/core/layer.py"):
         assert name in there
     assert "data/tiny/config.json" in there
     assert [name for name in there if name.endswith(".ipynb")] == [

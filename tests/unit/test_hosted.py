@@ -16,10 +16,11 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from typer.testing import CliRunner
 
-from lora_edu.course import hosted
 from lora_edu.course.cli import app
-from lora_edu.course.execute import ENVIRONMENT
-from lora_edu.course.notebooks import ROOT, find_notebook
+from lora_edu.course.notebooks.execute import ENVIRONMENT
+from lora_edu.course.notebooks.stored import find_notebook
+from lora_edu.course.publish import hosted
+from lora_edu.files import ROOT
 
 ADDRESS = "https://example.org/lora-edu.git"
 BINDER = ROOT / ".binder"

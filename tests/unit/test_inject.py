@@ -21,7 +21,7 @@ from lora_edu import (
     set_adapter,
     unmerge,
 )
-from lora_edu.adapter import AdapterLayer, adapter_layers
+from lora_edu.core.adapter import AdapterLayer, adapter_layers
 
 IDS = torch.tensor([[1, 5, 7, 2], [3, 3, 9, 8]])
 

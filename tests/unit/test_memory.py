@@ -10,12 +10,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from lora_edu import LoraConfig, inject
-from lora_edu.activations import INPUT_OF, Training, activation_bytes, block_activations
-from lora_edu.flops import cost, rule_flops, step_flops, training_hours
-from lora_edu.lab.bases import data_path
-from lora_edu.measure import PairedTimes, paired_times, peak_memory, saved_bytes
-from lora_edu.memory import RECIPES, MemoryTable, find_recipe, memory_table, training_memory
-from lora_edu.meta import load_config, meta_model
+from lora_edu.counting.activations import INPUT_OF, Training, activation_bytes, block_activations
+from lora_edu.counting.flops import cost, rule_flops, step_flops, training_hours
+from lora_edu.counting.measure import PairedTimes, paired_times, peak_memory, saved_bytes
+from lora_edu.counting.memory import RECIPES, MemoryTable, find_recipe, memory_table, training_memory
+from lora_edu.counting.meta import load_config, meta_model
+from lora_edu.files import data_path
 
 QV, ALL = ["q_proj", "v_proj"], list(INPUT_OF)
 SMALL = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 4}

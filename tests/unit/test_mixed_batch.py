@@ -21,10 +21,10 @@ from lora_edu import (
     save_adapter,
     set_adapter,
 )
-from lora_edu.adapter import AdapterLayer, adapter_layers
-from lora_edu.lab.bases import data_path
+from lora_edu.core.adapter import AdapterLayer, adapter_layers
+from lora_edu.files import data_path
 from lora_edu.lab.training import generate
-from lora_edu.mixed import BASE, WAYS, gathered_update, grouped_update, rows_of, stack_factors
+from lora_edu.serving.mixed import BASE, WAYS, gathered_update, grouped_update, rows_of, stack_factors
 
 ROWS = ["b", "a", BASE, "c", "a", "b"]
 

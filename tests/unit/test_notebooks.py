@@ -9,11 +9,12 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from lora_edu.course import inspection, notebooks, runs, work
-from lora_edu.course.execute import execute, update
-from lora_edu.course.exercises import ANSWER, cut_solution, exercise_from, generate, outdated
-from lora_edu.course.grading import check_notebook
-from lora_edu.course.notebooks import NotebookError, dumps, find_notebook, normalise, read, write
+from lora_edu.course.grading.check import check_notebook
+from lora_edu.course.notebooks import inspection, runs, work
+from lora_edu.course.notebooks import stored as notebooks
+from lora_edu.course.notebooks.execute import execute, update
+from lora_edu.course.notebooks.exercises import ANSWER, cut_solution, exercise_from, generate, outdated
+from lora_edu.course.notebooks.stored import NotebookError, dumps, find_notebook, normalise, read, write
 
 
 def book(*cells):
@@ -78,7 +79,7 @@ INTERRUPTED = """
 import os, sys
 from pathlib import Path
 from nbformat.v4 import new_code_cell, new_notebook
-from lora_edu.course.execute import execute
+from lora_edu.course.notebooks.execute import execute
 
 try:  # the cell presses Ctrl-C for its parent, and would then sleep for a minute
     cell = new_code_cell("import os, signal, time; os.kill(os.getppid(), signal.SIGINT); time.sleep(60)")
@@ -294,7 +295,7 @@ def test_the_surroundings_see_library_data_and_versions(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "ROOT", tmp_path)
     monkeypatch.delenv("LORA_EDU_DATA", raising=False)
     seen = set()
-    for name in ("lora_edu/layer.py", "data/words.txt", "constraints.txt"):
+    for name in ("lora_edu/core/layer.py", "data/words.txt", "constraints.txt"):
         for text in ("a", "b"):
             (tmp_path / name).write_text(text)
             monkeypatch.setattr(runs, "fingerprint", fingerprint_below(tmp_path))

@@ -7,10 +7,10 @@ import pytest
 from nbformat.v4 import new_code_cell
 from typer.testing import CliRunner
 
-from lora_edu.course import progress
 from lora_edu.course.cli import app
-from lora_edu.course.notebooks import EXERCISES, SOLUTIONS, list_notebooks, read, write
-from lora_edu.course.work import refresh
+from lora_edu.course.grading import progress
+from lora_edu.course.notebooks.stored import EXERCISES, SOLUTIONS, list_notebooks, read, write
+from lora_edu.course.notebooks.work import refresh
 
 NAME = "00_start_here"
 
@@ -46,7 +46,7 @@ def nothing_runs(monkeypatch):
 
 
 def test_before_there_is_a_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr("lora_edu.course.work.WORK", tmp_path / "work")
+    monkeypatch.setattr("lora_edu.course.notebooks.work.WORK", tmp_path / "work")
     monkeypatch.setattr(progress, "WORK", tmp_path / "work")
     result = CliRunner().invoke(app, ["progress"])
     assert result.exit_code == 1

@@ -19,10 +19,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lora_edu import files
 from lora_edu.counting import lora_parameters
-from lora_edu.lab import experiments, full_runs, records, sweeps
-from lora_edu.lab.bases import data_path, list_bases, load_base
-from lora_edu.lab.records import by, described, pick, read_record, spread, surroundings
+from lora_edu.files import data_path
+from lora_edu.lab.bases import list_bases, load_base
+from lora_edu.lab.recording import experiments, full_runs, records, sweeps
+from lora_edu.lab.recording.records import by, described, pick, read_record, spread, surroundings
 from lora_edu.lab.training import evaluate
 
 ADAPTER = "smollm2-devils-dictionary"
@@ -51,7 +53,7 @@ def test_every_listed_job_is_recorded_once(name):
 def test_records_hold_together(name):
     record = read_record(name)
     assert record["defaults"] == experiments.DEFAULTS
-    assert record["command"] == f"python -m lora_edu.lab.full_runs {name}"
+    assert record["command"] == f"python -m lora_edu.lab.recording.full_runs {name}"
     for machine in record["machines"]:
         assert {"hardware", "precision", "date", "versions"} == machine.keys() - {"world_size", "commit"}  # added later
         assert {"python", "torch", "transformers", "accelerate"} == machine["versions"].keys()
@@ -353,7 +355,7 @@ JOBS = [("few", {"steps": 4, "rows": 8, "r": 2, "seed": seed, "targets": ["q_pro
 CHILD = """
 import sys
 from pathlib import Path
-from lora_edu.lab import full_runs, sweeps
+from lora_edu.lab.recording import full_runs, sweeps
 
 if __name__ == "__main__":
     sweeps.SWEEPS["few"] = lambda: {jobs!r}
@@ -514,9 +516,9 @@ def test_the_file_of_something_else_is_left_alone(sweep, tmp_path, content, says
 @pytest.mark.skipif(os.name == "nt", reason="no lock on Windows")
 def test_two_commands_do_not_write_one_file(sweep, tmp_path):
     out = tmp_path / "few.json"
-    with full_runs.alone(out), pytest.raises(RuntimeError, match="being written by another command"):
+    with files.locked(out), pytest.raises(RuntimeError, match="being written by another command"):
         full_runs.full_run("few", out)
-    with full_runs.alone(out):
+    with files.locked(out):
         pass
 
 
@@ -524,7 +526,9 @@ def test_it_runs_where_only_what_training_needs_is_installed(tmp_path):
     """A borrowed GPU machine may have neither typer nor the notebooks' packages, nor PEFT."""
     absent = ("typer", "rich", "nbclient", "nbformat", "IPython", "peft", "matplotlib")
     code = f"import sys, runpy; sys.modules.update(dict.fromkeys({absent}))\n"
-    code += "sys.argv = ['full_runs', '--help']; runpy.run_module('lora_edu.lab.full_runs', run_name='__main__')"
+    code += (
+        "sys.argv = ['full_runs', '--help']; runpy.run_module('lora_edu.lab.recording.full_runs', run_name='__main__')"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "smollm2_finetuning" in done.stdout

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lora_edu.lab.bases import data_path
+from lora_edu.files import data_path
 
 SCRIPT = data_path().parent / "benchmarks" / "scaling.py"
 RECORD = data_path("runs", "scaling.json")

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from lora_edu import LoraConfig, disable_adapter, inject, load_base, set_adapter
-from lora_edu.adapter import adapter_layers
-from lora_edu.lab.bases import data_path
-from lora_edu.lab.serving import Engine, create_app, main, running
+from lora_edu.core.adapter import adapter_layers
+from lora_edu.files import data_path
 from lora_edu.lab.training import generate
-from lora_edu.mixed import BASE
+from lora_edu.serving.mixed import BASE
+from lora_edu.serving.server import Engine, create_app, main, running
 
 NAMES = ("one", "two", "three")
 WORDS = ["politician", "computer", "history", "love", "war", "money", "piano", "doctor", "king", "hope", "truth", "bug"]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lora_edu.course.notebooks import LESSONS, read
+from lora_edu.course.notebooks.stored import LESSONS, read
 from lora_edu.lab.sizes import sized
 
 

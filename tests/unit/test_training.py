@@ -9,7 +9,7 @@ from peft import get_peft_model
 from torch import nn
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
-from lora_edu.lab.bases import data_path
+from lora_edu.files import data_path
 from lora_edu.lab.datasets import encode, load_dataset
 from lora_edu.lab.training import _batches, accuracy, evaluate, generate, set_seed, train
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from lora_edu import LoraConfig, inject, load_base, load_dataset, save_adapter
 from lora_edu.lab.datasets import encode, encode_topics
-from lora_edu.lab.processes import shard_on_the_cpu, together
+from lora_edu.lab.distributed import shard_on_the_cpu, together
 from lora_edu.lab.training import evaluate, generate, set_seed, train
 
 RUNS = ["lora", "stopped", "full", "classifier", "peft"]

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lora_edu.core.layer import LoRALinear
 from lora_edu.course.checks.lesson_03 import _close, _normal, _same_gradient, _same_scale, _sizes
 from lora_edu.course.checks.report import Report, Step, Wrong, run_steps
-from lora_edu.layer import LoRALinear
 
 
 def lora_layer(candidate: Callable[..., Any], hint: int = 1) -> Report:

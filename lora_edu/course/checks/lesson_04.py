@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_edu.core.layer import LoRALinear
 from lora_edu.course.checks.report import Report, Wrong, run_steps
-from lora_edu.layer import LoRALinear
 
 
 class Block(nn.Module):
@@ -77,7 +77,7 @@ def hand_injection(candidate: Callable[..., Any], hint: int = 1) -> Report:
             raise Wrong(
                 f"adapted, but no target: {some(extra)}",
                 "Which rule decides whether a name is meant? See exercise A1.",
-                "Match whole segments: lora_edu.matching.matches_names(targets, name).",
+                "Match whole segments: lora_edu.core.matching.matches_names(targets, name).",
             )
 
     def returns_names() -> None:
@@ -182,7 +182,7 @@ def hand_injection(candidate: Callable[..., Any], hint: int = 1) -> Report:
             raise Wrong(
                 f"PEFT trains {right:,} parameters of this model, yours {mine:,}",
                 "Print name and size of everything that trains, in both models.",
-                "Compare [n for n, p in model.named_parameters() if p.requires_grad] to lora_edu.inject's.",
+                "Compare [n for n, p in model.named_parameters() if p.requires_grad] to lora_edu.core.inject's.",
             )
 
     steps = [

@@ -11,11 +11,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lora_edu.config import LoraConfig
+from lora_edu.core.config import LoraConfig
+from lora_edu.core.inject import inject
+from lora_edu.core.layer import LoRALinear
+from lora_edu.core.peft_io import save_adapter
 from lora_edu.course.checks.report import Report, Wrong, run_steps
-from lora_edu.inject import inject
-from lora_edu.layer import LoRALinear
-from lora_edu.peft_io import save_adapter
 
 PREFIX = "base_model.model."
 TARGETS = ["q_proj", "down_proj"]

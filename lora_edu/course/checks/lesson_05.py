@@ -7,10 +7,10 @@ import torch
 from torch import nn
 from transformers import RobertaConfig
 
+from lora_edu.core.layer import LoRALinear
 from lora_edu.counting import count_parameters, lora_parameters
+from lora_edu.counting.meta import meta_model
 from lora_edu.course.checks.report import Report, Wrong, run_steps
-from lora_edu.layer import LoRALinear
-from lora_edu.meta import meta_model
 
 
 def lora_count(candidate: Callable[[int, int, int], int], hint: int = 1) -> Report:

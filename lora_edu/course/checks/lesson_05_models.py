@@ -11,10 +11,10 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import GPT2Config, LlamaConfig, PretrainedConfig
 
+from lora_edu.core.matching import is_target
 from lora_edu.counting import lora_parameters
+from lora_edu.counting.meta import meta_model
 from lora_edu.course.checks.report import Report, Wrong, run_steps
-from lora_edu.matching import is_target
-from lora_edu.meta import meta_model
 
 
 def count_targets(candidate: Callable[[nn.Module, int, list[str]], int], hint: int = 1) -> Report:

@@ -6,10 +6,10 @@ from statistics import mean, median, quantiles
 
 from transformers import LlamaConfig
 
+from lora_edu.counting.flops import step_flops
+from lora_edu.counting.memory import find_recipe, training_memory
+from lora_edu.counting.meta import meta_model
 from lora_edu.course.checks.report import Report, Wrong, run_steps
-from lora_edu.flops import step_flops
-from lora_edu.memory import find_recipe, training_memory
-from lora_edu.meta import meta_model
 
 
 def state_bytes(candidate: Callable[..., float], hint: int = 1) -> Report:

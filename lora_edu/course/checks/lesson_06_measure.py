@@ -6,9 +6,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from lora_edu.counting.measure import saved_bytes
+from lora_edu.counting.memory import training_memory
 from lora_edu.course.checks.report import Report, Wrong, run_steps
-from lora_edu.measure import saved_bytes
-from lora_edu.memory import training_memory
 
 
 def kept_bytes(candidate: Callable[[nn.Module, Callable[[], Tensor]], int], hint: int = 1) -> Report:

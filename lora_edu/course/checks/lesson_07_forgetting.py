@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from lora_edu.course.checks.report import Report, Step, Wrong, run_steps
-from lora_edu.lab.records import read_record
+from lora_edu.lab.recording.records import read_record
 
 
 def crossing(learned: Sequence[float], other: Sequence[float], target: float) -> float | None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_edu.course.checks.report import Report, Step, Wrong, run_steps
-from lora_edu.lab.records import read_record
+from lora_edu.lab.recording.records import read_record
 
 NAN = float("nan")
 

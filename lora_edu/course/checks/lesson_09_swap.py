@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_edu.core.layer import LoRALinear
 from lora_edu.course.checks.report import Report, Wrong, run_steps
-from lora_edu.layer import LoRALinear
 
 
 def adapted_layers() -> tuple[dict[str, LoRALinear], dict[str, Tensor]]:

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_edu.config import LoraConfig
+from lora_edu.core.config import LoraConfig
+from lora_edu.core.inject import inject
 from lora_edu.course.checks.report import Report, Step, Wrong, run_steps
-from lora_edu.inject import inject
 
 VERDICTS = ("no label counts", "nothing trains", "the base trains", "no gradient", "not finite", "healthy")
 LOOK = {

@@ -1,0 +1,1 @@
+"""The core: LoRA layers, putting them into a model, merging, saving. Lessons 03, 04, 08 and 09."""

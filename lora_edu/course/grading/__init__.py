@@ -1,0 +1,1 @@
+"""Running exercises and saying what their checks found: one notebook, a learner's folder, a class."""

@@ -1,0 +1,107 @@
+"""The learner's folder ``work/``: a copy of lessons and exercises with outputs cleared, never overwritten."""
+
+import hashlib
+import json
+from pathlib import Path
+
+from lora_edu.course.notebooks.stored import (
+    EXERCISES,
+    LESSONS,
+    NotebookError,
+    clear_outputs,
+    dumps,
+    find_notebook,
+    list_notebooks,
+    normalise,
+    read,
+    write,
+)
+from lora_edu.files import ROOT
+
+WORK = ROOT / "work"
+COPIES = ".copies.json"  # what was copied, by checksum: a file that still has it was not touched by the learner
+
+
+def refresh(work: Path = WORK, lessons: Path = LESSONS) -> tuple[list[str], list[str]]:
+    """Copy what is new, update what the learner has not touched, leave everything else.
+
+    Returns:
+        the names written, and the names left alone although the course has a newer version.
+    """
+    known = _known(work)
+    written, left = [], []
+    for source in [*list_notebooks(lessons), *list_notebooks(lessons / "exercises")]:
+        name = source.relative_to(lessons).as_posix()
+        target, fresh = work / name, _fresh(source)
+        if target.exists() and _sum(target.read_text(encoding="utf-8")) != known.get(name):
+            if known.get(name) != _sum(fresh):
+                left.append(name)
+            continue
+        if not target.exists() or target.read_text(encoding="utf-8") != fresh:
+            _copy(source, target)
+            written.append(name)
+        known[name] = _sum(fresh)
+    _remember(work, known)
+    return written, left
+
+
+def reset(name: str, work: Path = WORK, lessons: Path = LESSONS) -> tuple[Path | None, Path]:
+    """Put one notebook back as it was; the learner's version stays beside it.
+
+    Args:
+        name: "03" or "03_lora_layer" for a lesson, "exercises/03" for an exercise notebook.
+        work: the learner's folder.
+        lessons: the course's folder.
+
+    Returns:
+        the path of the learner's version (None if there was none), and of the fresh copy.
+    """
+    folder = lessons / "exercises" if Path(name).parent.name == "exercises" else lessons
+    source = find_notebook(Path(name).name, folder)
+    relative = source.relative_to(lessons)
+    target, kept = work / relative, None
+    if target.exists():
+        kept = _free_name(target)
+        target.rename(kept)
+    _copy(source, target)
+    _remember(work, {**_known(work), relative.as_posix(): _sum(_fresh(source))})
+    return kept, target
+
+
+def exercise_to_check(name: str, work: Path = WORK) -> Path:
+    """The exercise notebook meant by a path, a number or a name: the learner's in ``work/`` if it is there."""
+    if Path(name).suffix == ".ipynb" and Path(name).is_file():
+        return Path(name).resolve()
+    try:
+        course = find_notebook(name, EXERCISES)
+    except NotebookError:  # a name of the learner's own
+        return find_notebook(name, work / "exercises")
+    mine = work / "exercises" / course.name
+    return mine if mine.is_file() else course
+
+
+def _fresh(source: Path) -> str:
+    return dumps(normalise(clear_outputs(read(source))))
+
+
+def _copy(source: Path, target: Path) -> None:
+    write(normalise(clear_outputs(read(source))), target)
+
+
+def _free_name(target: Path) -> Path:
+    names = [target.with_name(f"{target.stem}.before-reset{n or ''}.ipynb") for n in ["", *range(2, 1000)]]
+    return next(path for path in names if not path.exists())
+
+
+def _sum(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _known(work: Path) -> dict[str, str]:
+    path = work / COPIES
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _remember(work: Path, known: dict[str, str]) -> None:
+    work.mkdir(parents=True, exist_ok=True)
+    (work / COPIES).write_text(json.dumps(known, indent=1, sort_keys=True))

@@ -1,0 +1,1 @@
+"""What leaves the repository: the book, slides and pages, hand-outs, copies for hosted runtimes."""

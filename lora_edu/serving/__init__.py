@@ -1,0 +1,1 @@
+"""Many adapters on one model: mixed batches, swapping in place, a small server. Lesson 09."""
