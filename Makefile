@@ -2,6 +2,8 @@
 PYTHON ?= python3
 # Extra arguments for pip, e.g. an index that carries the CPU-only or another CUDA build of torch (see README).
 PIP_ARGS ?=
+# Extra arguments for JupyterLab, e.g. --no-browser --ip 0.0.0.0 --allow-root on a remote machine.
+LAB_ARGS ?=
 BIN := .venv/bin
 READY := .venv/.lora-edu-ready
 
@@ -27,7 +29,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 lab: $(READY)
-	$(BIN)/lora-edu lab
+	$(BIN)/lora-edu lab $(LAB_ARGS)
 
 course: $(READY)
 	$(BIN)/lora-edu course

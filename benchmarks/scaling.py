@@ -38,8 +38,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_edu import LoraConfig, inject
 from lora_edu.files import locked
-from lora_edu.lab.distributed import new_accelerator, shard_on_the_cpu, together
+from lora_edu.lab.distributed import new_accelerator, process_state, shard_on_the_cpu
 from lora_edu.lab.recording.records import provenance, resumed, write_record
+from lora_edu.quick import full_size
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "data" / "runs" / "scaling.json"
@@ -133,7 +134,7 @@ def link_speed(device: torch.device, gpus: int) -> int:
     whole = own.new_empty(gpus * own.numel())
     seconds = []
     for _ in range(10):
-        together().wait_for_everyone()
+        process_state().wait_for_everyone()
         start = time.perf_counter()
         torch.distributed.all_gather_into_tensor(whole, own)
         synchronize()
@@ -143,7 +144,7 @@ def link_speed(device: torch.device, gpus: int) -> int:
 
 def measure(model: Any, optimizer: Any, vocabulary: int, batch: int, tokens: int, arguments: Any) -> dict[str, Any]:
     """Times and peak memory of training steps at one batch, from every GPU."""
-    here = together()
+    here = process_state()
     generator = torch.Generator().manual_seed(SEED + here.process_index)
     ids = torch.randint(vocabulary, (batch, tokens), generator=generator).to(here.device)
 
@@ -223,7 +224,7 @@ def worker(arguments: argparse.Namespace) -> None:
             break
     if accelerator.is_main_process:
         arguments.out.write_text(json.dumps(found), encoding="utf-8")
-    together().wait_for_everyone()
+    process_state().wait_for_everyone()
     # Not the usual end: gloo's threads may hold on to the Collectives, and Python would wait for them for ever.
     sys.stdout.flush()
     os._exit(0)
@@ -329,6 +330,7 @@ def fill(record: dict[str, Any], session: dict[str, Any], arguments: argparse.Na
         sys.exit(f"failed: {'; '.join(failed)}. Their own words stand above; the same command tries them again")
 
 
+@full_size()  # on the GPUs, also where one process works by itself
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

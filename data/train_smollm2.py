@@ -20,12 +20,14 @@ from lora_edu.files import data_path, write_atomically
 from lora_edu.lab.datasets import encode, format_chat
 from lora_edu.lab.recording.records import surroundings
 from lora_edu.lab.training import evaluate, generate, set_seed, train
+from lora_edu.quick import full_size
 
 NAME = "smollm2-devils-dictionary"
 LORA = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
+@full_size()
 def main(steps: int, rate: float, seed: int, name: str) -> None:
     """Train, save, and write down how it went. The log comes last: with it the files are complete."""
     model, tokenizer = load_base("smollm2-135m")

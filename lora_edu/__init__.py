@@ -1,35 +1,69 @@
-"""lora_edu: LoRA by hand, in modules that read from top to bottom. The lessons build it piece by piece."""
+"""lora_edu: LoRA by hand, in modules that read from top to bottom. The lessons build it piece by piece.
 
-import lora_edu.fast.layers  # noqa: F401  (lesson 21: makes fast=True known)
-from lora_edu.core.config import LoraConfig  # lesson 04
-from lora_edu.core.inject import InjectionReport, inject, list_adapters, set_adapter  # lesson 04
-from lora_edu.core.layer import LoRAConv1D, LoRAEmbedding, LoRALinear  # lesson 03
-from lora_edu.core.merging import disable_adapter, merge, merge_and_unload, unmerge  # lessons 04 and 09
-from lora_edu.core.peft_io import load_adapter, save_adapter  # lessons 04 and 08
-from lora_edu.counting import count_parameters  # lesson 05
-from lora_edu.lab.bases import load_base  # lesson 01
-from lora_edu.lab.datasets import load_dataset  # lesson 02
-from lora_edu.serving.hotswap import hotswap_adapter  # lesson 09
-from lora_edu.serving.mixed import adapter_names  # lesson 09
+The public names are loaded when they are first asked for, so that ``lora-edu --help`` does not wait for PyTorch.
+"""
 
-__all__ = [
-    "InjectionReport",
-    "LoRAConv1D",
-    "LoRAEmbedding",
-    "LoRALinear",
-    "LoraConfig",
-    "adapter_names",
-    "count_parameters",
-    "disable_adapter",
-    "hotswap_adapter",
-    "inject",
-    "list_adapters",
-    "load_adapter",
-    "load_base",
-    "load_dataset",
-    "merge",
-    "merge_and_unload",
-    "save_adapter",
-    "set_adapter",
-    "unmerge",
-]
+import importlib
+import pkgutil
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from lora_edu.quick import prepare_kernel
+
+if TYPE_CHECKING:
+    from lora_edu.core.config import LoraConfig
+    from lora_edu.core.inject import InjectionReport, count_parameters, inject, list_adapters, set_adapter
+    from lora_edu.core.layer import LoRAConv1D, LoRAEmbedding, LoRALinear
+    from lora_edu.core.merging import disable_adapter, merge, merge_and_unload, unmerge
+    from lora_edu.core.peft_io import load_adapter, save_adapter
+    from lora_edu.lab.bases import load_base
+    from lora_edu.lab.datasets import load_dataset
+    from lora_edu.serving.hotswap import hotswap_adapter
+    from lora_edu.serving.mixed import adapter_names
+
+# Public name → the module it comes from, by the lesson that builds it or uses it first.
+_HOMES = {
+    "load_base": "lora_edu.lab.bases",  # 01
+    "load_dataset": "lora_edu.lab.datasets",  # 02
+    "LoRAConv1D": "lora_edu.core.layer",  # 03
+    "LoRAEmbedding": "lora_edu.core.layer",
+    "LoRALinear": "lora_edu.core.layer",
+    "InjectionReport": "lora_edu.core.inject",  # 04
+    "LoraConfig": "lora_edu.core.config",
+    "count_parameters": "lora_edu.core.inject",
+    "disable_adapter": "lora_edu.core.merging",
+    "inject": "lora_edu.core.inject",
+    "list_adapters": "lora_edu.core.inject",
+    "load_adapter": "lora_edu.core.peft_io",
+    "save_adapter": "lora_edu.core.peft_io",
+    "set_adapter": "lora_edu.core.inject",
+    "adapter_names": "lora_edu.serving.mixed",  # 09
+    "hotswap_adapter": "lora_edu.serving.hotswap",
+    "merge": "lora_edu.core.merging",
+    "merge_and_unload": "lora_edu.core.merging",
+    "unmerge": "lora_edu.core.merging",
+}
+__all__ = list(_HOMES)
+
+prepare_kernel()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'lora_edu' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})
+
+
+@cache
+def register_methods() -> None:
+    """Import every method's file, so that it registers. The core calls this when it is first asked for a method."""
+    for room in ("fast",):
+        package = importlib.import_module(f"lora_edu.{room}")
+        for module in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f"lora_edu.{room}.{module.name}")

@@ -6,6 +6,7 @@ is switched on by a field, for a predicate on it); ``config.build`` looks them u
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -44,7 +45,13 @@ class Method:
     fast: bool  # only for injections that ask for it; kinds of layers without a fast form get the plain one
 
 
-METHODS: list[Method] = []
+_METHODS: list[Method] = []
+
+
+def registered_methods() -> list[Method]:
+    """All methods, the latest registration first. The package's own register when this is first called."""
+    importlib.import_module("lora_edu").register_methods()
+    return _METHODS
 
 
 def register(
@@ -63,7 +70,7 @@ def register(
         applies: a further condition on the config, for example ``lambda config: config.use_dora``.
         fast: the method is a faster form of another, used by ``inject(..., fast=True)`` alone.
     """
-    METHODS.insert(0, Method(name, config_type, applies, builders, fast))
+    _METHODS.insert(0, Method(name, config_type, applies, builders, fast))
 
 
 class AdapterConfig:
@@ -81,11 +88,11 @@ class AdapterConfig:
         pretrained = innermost(base_layer)
         methods = [
             method
-            for method in METHODS
+            for method in registered_methods()
             if type(self) is method.config_type and method.applies(self) and (context.fast or not method.fast)
         ]
         if not methods:
-            raise ValueError(f"no method of lora_edu serves {self!r}; known: {[m.name for m in METHODS]}")
+            raise ValueError(f"no method of lora_edu serves {self!r}; known: {[m.name for m in registered_methods()]}")
         # The first serves; a fast one leaves the kinds of layers that it does not know to the next.
         for method in methods:
             for kind, builder in method.builders.items():

@@ -42,6 +42,20 @@ class LoRALinear(AdapterLayer):
 
     kind: type[nn.Module] = nn.Linear
 
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base(x)
+        return (y + self.update(x)).to(y.dtype) if self.adds_to_output() else y
+
+    def update(self, x: Tensor) -> Tensor:
+        """What the adapter adds to the output for x, in the adapter's precision: s · (dropout(x) Aᵀ) Bᵀ."""
+        # x (..., in) → h (..., r) → update (..., out): the product BA is never formed.
+        h = F.linear(self.dropout(x.to(self.lora_A.dtype)), self.lora_A)
+        return F.linear(h, self.lora_B) * self.scaling
+
+    def delta_weight(self) -> Tensor:
+        """ΔW = s · B A, shape (out, in), at least float32."""
+        return self.scaling * (at_least_float32(self.lora_B) @ at_least_float32(self.lora_A))
+
     def __init__(
         self,
         base: nn.Module,
@@ -94,20 +108,6 @@ class LoRALinear(AdapterLayer):
             nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # uniform within ±1/√in, as nn.Linear starts
         if init_lora_weights is False:
             nn.init.kaiming_uniform_(self.lora_B, a=math.sqrt(5))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.base(x)
-        return (y + self.update(x)).to(y.dtype) if self.adds_to_output() else y
-
-    def update(self, x: Tensor) -> Tensor:
-        """What the adapter adds to the output for x, in the adapter's precision: s · (dropout(x) Aᵀ) Bᵀ."""
-        # x (..., in) → h (..., r) → update (..., out): the product BA is never formed.
-        h = F.linear(self.dropout(x.to(self.lora_A.dtype)), self.lora_A)
-        return F.linear(h, self.lora_B) * self.scaling
-
-    def delta_weight(self) -> Tensor:
-        """ΔW = s · B A, shape (out, in), at least float32."""
-        return self.scaling * (at_least_float32(self.lora_B) @ at_least_float32(self.lora_A))
 
     def adapted_weight(self, weight: Tensor) -> Tensor:
         return weight + self.delta_weight()

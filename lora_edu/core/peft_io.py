@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_edu.core.adapter import AdapterLayer, adapter_layers, named_places
-from lora_edu.core.config import METHODS, LoraConfig
+from lora_edu.core.config import LoraConfig, registered_methods
 from lora_edu.core.inject import Plan, carry_out, plan_injection, trainability_kept_on_failure
 from lora_edu.core.parts import TASK_HEADS, TrainedCopy, adapter_state
 from lora_edu.files import write_atomically
@@ -35,8 +35,8 @@ NEUTRAL_FIELDS = {
     "fan_in_fan_out", "megatron_config", "megatron_core", "runtime_config", "loftq_config", "eva_config",
     "corda_config", "lora_ga_config", "qalora_group_size", "ensure_weight_tying",
 }  # fmt: skip
-# Starts that leave the base's weights alone: once the adapter's tensors are loaded, they make no difference.
-HARMLESS_STARTS = (True, False, "gaussian", "orthogonal", "eva")
+# Initialisations that leave the base's weights alone: once the adapter's tensors are loaded, they make no difference.
+INITS_THAT_KEEP_THE_BASE = (True, False, "gaussian", "orthogonal", "eva")
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "default") -> Path:
@@ -131,7 +131,7 @@ def read_config(folder: Path) -> LoraConfig:
         raise ValueError(f"{path} is not valid JSON ({error}); write the adapter again") from None
     if not isinstance(fields, dict):
         raise ValueError(f"{path} holds a {type(fields).__name__}; expected an object with peft_type, r, …")
-    known: dict[str, Any] = {method.config_type.peft_type: method.config_type for method in METHODS}
+    known: dict[str, Any] = {method.config_type.peft_type: method.config_type for method in registered_methods()}
     if fields.get("peft_type") not in known:
         raise ValueError(f"{path}: peft_type={fields.get('peft_type')!r}; lora_edu reads {', '.join(known)}")
     return config_from_peft(fields, known[fields["peft_type"]], path)
@@ -144,7 +144,7 @@ def config_from_peft(fields: dict[str, Any], config_type: type[LoraConfig], path
     if unsupported:
         raise ValueError(f"{path}: lora_edu does not support {unsupported}, and these settings change the numbers")
     settings = {key: value for key, value in fields.items() if key in ours and value is not None}
-    if settings.get("init_lora_weights", True) in HARMLESS_STARTS:
+    if settings.get("init_lora_weights", True) in INITS_THAT_KEEP_THE_BASE:
         settings["init_lora_weights"] = True
     try:
         return config_type(**settings)

@@ -217,15 +217,19 @@ def run_tests_of(
     results = run_tests(parts or [])
     print_summary(results)
     if not all(result.good for result in results):
-        fail(f"{sum(not result.good for result in results)} of {len(results)} parts failed")
+        fail(f"{', '.join(result.tool for result in results if not result.good)} failed")
 
 
-@app.command()
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 @friendly
 def lab(
+    context: typer.Context,
     prepare: Annotated[bool, typer.Option("--prepare", help="Make the copy only; open nothing.")] = False,
 ) -> None:
-    """Open JupyterLab on work/, your own copy of lessons and exercises, with outputs cleared."""
+    """Open JupyterLab on work/, your own copy of lessons and exercises, with outputs cleared.
+
+    What follows is passed on to JupyterLab: --no-browser --ip 0.0.0.0 --port 9000, for a remote machine or a container.
+    """
     import subprocess
     import sys
 
@@ -237,8 +241,10 @@ def lab(
     for name in left:
         console.print(f"{name} has a newer version; yours was left alone (lora-edu lessons reset NAME)", markup=False)
     if not prepare:
+        if getattr(os, "geteuid", lambda: 1)() == 0 and "--allow-root" not in context.args:
+            fail("JupyterLab does not start for root unless told to: add --allow-root, as in lora-edu lab --allow-root")
         variables = {**environment(), "LORA_EDU_PROGRESS": os.environ.get("LORA_EDU_PROGRESS", "1")}
-        command = [sys.executable, "-m", "jupyterlab", f"--notebook-dir={WORK}"]
+        command = [sys.executable, "-m", "jupyterlab", f"--notebook-dir={WORK}", *context.args]
         raise typer.Exit(subprocess.run(command, env=variables).returncode)
 
 

@@ -6,6 +6,7 @@ give in all of them what one process would give. With one process nothing here c
 
 import copy
 import os
+import warnings
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -18,23 +19,25 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from lora_edu.lab.datasets import IGNORED
+from lora_edu.quick import is_quick
 
 Anything = TypeVar("Anything")
 STREAM = 1_000_003  # between the seeds of two processes: far from the 0, 1, 2, … of several runs
 
 
 def _on_the_cpu() -> bool:
-    """Whether to stay on the CPU: asked to, or launched with others on a machine without a GPU.
+    """Whether to stay on the CPU: in a quick run, when told to, or launched with others on a machine without a GPU.
 
-    Accelerate has to be told. It would take each process for the only one, and all would do the same work side by side.
+    In the last case Accelerate has to be told: it would take each process for the only one, and all would do the same
+    work side by side. With a GPU, whoever launches several processes means the GPUs.
     """
-    if parse_flag_from_env("ACCELERATE_USE_CPU"):
+    if parse_flag_from_env("ACCELERATE_USE_CPU") or ("LOCAL_RANK" not in os.environ and is_quick()):
         return True
     found = torch.accelerator.current_accelerator(check_available=True)
     return "LOCAL_RANK" in os.environ and (found is None or found.type == "mps")
 
 
-def together() -> PartialState:
+def process_state() -> PartialState:
     """This process among the others: its number, how many there are, which is the main one, and its device.
 
     The first call meets the others, so all of them must make it.
@@ -54,16 +57,16 @@ def shard_on_the_cpu() -> None:
     """
     new_accelerator()
     AcceleratorState().fsdp_plugin = FullyShardedDataParallelPlugin()  # as the launch's configuration says
-    together().distributed_type = DistributedType.FSDP
+    process_state().distributed_type = DistributedType.FSDP
 
 
-def asked(rows: Sequence[dict[str, Any]]) -> int:
+def count_targets(rows: Sequence[dict[str, Any]]) -> int:
     """How many answers the loss asks for: tokens of a text (the first is never predicted), or rows with one label."""
     labels = [row["labels"][1:] if isinstance(row["labels"], list) else [row["labels"]] for row in rows]
     return sum(label != IGNORED for each in labels for label in each)
 
 
-def share(rows: Sequence[dict[str, Any]], index: int, processes: int) -> tuple[Sequence[dict[str, Any]], float]:
+def split_batch(rows: Sequence[dict[str, Any]], index: int, processes: int) -> tuple[Sequence[dict[str, Any]], float]:
     """The rows of a batch that process ``index`` takes, and the factor for its mean loss over them.
 
     The gradients are averaged over the P processes. With n of the batch's N asked tokens, the factor P·n/N makes that
@@ -71,17 +74,17 @@ def share(rows: Sequence[dict[str, Any]], index: int, processes: int) -> tuple[S
 
     A share that asks for nothing would have the mean of nothing, NaN. It gets a row that asks, and the factor 0.
     """
-    own, everything = rows[index::processes], asked(rows)
-    if everything and not asked(own):
-        own, here = [next(row for row in rows if asked([row]))], 0
+    own, everything = rows[index::processes], count_targets(rows)
+    if everything and not count_targets(own):
+        own, here = [next(row for row in rows if count_targets([row]))], 0
     else:
-        here = asked(own)
+        here = count_targets(own)
     return own, processes * here / everything if everything else 1.0
 
 
-def agreed(value: Anything) -> Anything:
+def broadcast_from_main(value: Anything) -> Anything:
     """What the main process has here, in every process. All of them must call this, in the same order."""
-    together()
+    process_state()
     return broadcast_object_list([value])[0]
 
 
@@ -90,10 +93,19 @@ def own_gpu() -> list[int]:
     return [torch.cuda.current_device()] if torch.cuda.is_available() else []
 
 
-def only_device(model: nn.Module) -> torch.device | None:
-    """The device on which the whole model is; None if it is spread over several."""
+def home_device(model: nn.Module, accelerator: Accelerator) -> torch.device | None:
+    """The device on which the whole model is, to which it comes back; None if it is spread over several.
+
+    Warns if that is a GPU, and the training will not be there.
+    """
     found = {p.device for p in model.parameters()}
-    return found.pop() if len(found) == 1 else None
+    home = found.pop() if len(found) == 1 else None
+    if home is not None and home.type not in ("cpu", "meta") and accelerator.device.type == "cpu":
+        warnings.warn(
+            f"the model is on {home} and trains on the CPU, as a quick run does: set LORA_EDU_RUN=full to use the GPU",
+            stacklevel=3,
+        )
+    return home
 
 
 def shards(accelerator: Accelerator) -> bool:

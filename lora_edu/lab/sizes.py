@@ -1,7 +1,8 @@
 """One notebook, two sizes: ``LORA_EDU_RUN=quick`` (the default, for two CPU cores) or ``full`` (for a GPU)."""
 
-import os
 from typing import TypeVar
+
+from lora_edu.quick import is_quick
 
 Size = TypeVar("Size")
 
@@ -12,7 +13,4 @@ def sized(quick: Size, full: Size) -> Size:
     Raises:
         ValueError: if ``LORA_EDU_RUN`` is set to another word.
     """
-    run = os.environ.get("LORA_EDU_RUN", "quick")
-    if run not in ("quick", "full"):
-        raise ValueError(f"LORA_EDU_RUN={run!r}: expected 'quick' (two CPU cores) or 'full' (a GPU)")
-    return full if run == "full" else quick
+    return quick if is_quick() else full

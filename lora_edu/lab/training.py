@@ -1,9 +1,10 @@
 """One short training loop for every lesson, with evaluation and generation. First used in lesson 02.
 
 Whatever requires a gradient is trained, be it a whole model, a LoRA adapter of ours or one of PEFT's. It runs on the
-device that Accelerate picks (a GPU where there is one), and the model is then where it was before; or on several:
-``accelerate launch`` starts one process for each, ``data/accelerate/`` has configurations for it, and
-``lora_edu/lab/distributed.py`` what they have to agree on."""
+CPU, or with ``LORA_EDU_RUN=full`` on the device that Accelerate picks, a GPU where there is one, and the model is then
+where it was before. ``accelerate launch`` runs it on several: configurations are in ``data/accelerate/``, and
+``lora_edu/lab/distributed.py`` has what they have to agree on.
+"""
 
 import os
 import random
@@ -19,15 +20,15 @@ from tqdm import tqdm
 from lora_edu.lab.datasets import collate, prompt_ids
 from lora_edu.lab.distributed import (
     STREAM,
-    agreed,
-    asked,
+    broadcast_from_main,
     copy_back,
     copy_to_shard,
+    count_targets,
+    home_device,
     new_accelerator,
-    only_device,
     own_gpu,
     shards,
-    share,
+    split_batch,
 )
 from lora_edu.lab.stopping import Best
 
@@ -111,7 +112,7 @@ def train(
             f"least one; raise it, or launch with --num_processes {max(1, batch_size)}"
         )
     # ``inner`` holds the weights that train; ``outer`` is what runs: with DDP a wrapper that averages the gradients.
-    sharded, home = shards(accelerator), only_device(model)
+    sharded, home = shards(accelerator), home_device(model, accelerator)
     inner = copy_to_shard(model) if sharded else model
     optimizer = torch.optim.AdamW(_trainable(inner), lr=learning_rate, weight_decay=weight_decay)
     outer, wrapped = accelerator.prepare(inner, optimizer)
@@ -129,7 +130,7 @@ def train(
         best.see(_evaluate_all(inner, sets, history, 0), 0, trainable)
         outer.train()
         for step in tqdm(range(1, steps + 1), desc="training", unit="step", disable=silent):
-            rows, factor = share([data[i] for i in next(order)], index, processes)
+            rows, factor = split_batch([data[i] for i in next(order)], index, processes)
             loss = outer(**_collate(inner, rows)).loss * factor
             history.steps.append(step)
             history.train_loss.append(accelerator.reduce(loss.detach(), "mean").item())
@@ -176,7 +177,7 @@ def evaluate(model: nn.Module, data: Sequence[Row], batch_size: int = 32) -> flo
     by_length = sorted(data, key=lambda row: len(row["input_ids"]))
     for start in range(0, len(data), batch_size):
         rows = by_length[start : start + batch_size]
-        if count := asked(rows):
+        if count := count_targets(rows):
             total += model(**_collate(model, rows)).loss.item() * count
             tokens += count
     model.train(was_training)
@@ -268,7 +269,7 @@ def _trainable(model: nn.Module) -> list[nn.Parameter]:
 def _evaluate_all(model: nn.Module, sets: Mapping[str, Sequence[Row]], history: History, step: int) -> float | None:
     """Evaluate every held-out set, note it in the history, and return the loss of the first (None without any)."""
     # Every process finds the same; but if a last bit differed, one might stop early and the others wait for it.
-    losses = agreed({name: evaluate(model, rows) for name, rows in sets.items()})
+    losses = broadcast_from_main({name: evaluate(model, rows) for name, rows in sets.items()})
     history.eval_steps += [step] if sets else []
     for name, loss in losses.items():
         history.eval_loss[name].append(loss)

@@ -1,9 +1,11 @@
 """No lesson needs the network: every kernel of the tests refuses sockets beyond loopback, and these tests prove it.
 
-``lora-edu test`` puts ``tests/offline`` on PYTHONPATH, so that the comparison of all lessons runs under the guard.
+``conftest.py`` at the root puts ``tests/offline`` on PYTHONPATH, so that the comparison of all lessons runs under the
+guard, whether pytest is called by ``lora-edu test`` or by hand.
 """
 
 import os
+import socket
 from pathlib import Path
 
 import nbformat
@@ -11,14 +13,11 @@ import pytest
 
 from lora_edu.course.notebooks.execute import execute
 from lora_edu.course.notebooks.stored import LESSONS, NotebookError, clear_outputs, find_notebook, read
-from lora_edu.course.testing import guarded_environment
-
-GUARD = {"PYTHONPATH": guarded_environment()["PYTHONPATH"]}
 
 
 def run(source, tmp_path):
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
-    return execute(notebook, tmp_path, "guarded", extra_environment=GUARD)
+    return execute(notebook, tmp_path, "guarded")
 
 
 @pytest.mark.parametrize(
@@ -43,9 +42,11 @@ def test_the_guard_allows_loopback(tmp_path):
 
 
 def test_the_guard_is_on_in_the_tests_of_all_notebooks():
-    assert str(Path(__file__).parents[1] / "offline") in guarded_environment()["PYTHONPATH"].split(os.pathsep)
+    assert str(Path(__file__).parents[1] / "offline") in os.environ["PYTHONPATH"].split(os.pathsep)
+    with pytest.raises(ConnectionError, match="runs without the network"):  # and in this process, too
+        socket.getaddrinfo("example.invalid", 443)
 
 
 def test_a_lesson_runs_under_the_guard(tmp_path):
     path = find_notebook("00", LESSONS)
-    execute(clear_outputs(read(path)), path.parent, path.stem, extra_environment=GUARD)
+    execute(clear_outputs(read(path)), path.parent, path.stem)

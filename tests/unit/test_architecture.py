@@ -82,9 +82,17 @@ def test_no_room_has_a_cycle():
 
 @pytest.mark.parametrize(
     "line",
-    ["import p.core.layer", "import p.core.layer as x", "from p.core import layer", "from p.core.layer import LoRALinear",
-     "from .core import layer", "from .core.layer import A, B", "from . import core", "def f():\n    from p import core"],
-)  # fmt: skip
+    [
+        "import p.core.layer",
+        "import p.core.layer as x",
+        "from p.core import layer",
+        "from p.core.layer import LoRALinear",
+        "from .core import layer",
+        "from .core.layer import A, B",
+        "from . import core",
+        "def f():\n    from p import core",
+    ],
+)
 def test_every_form_of_import_is_seen(tmp_path, line):
     package = tmp_path / "p"
     (package / "core").mkdir(parents=True)
@@ -96,9 +104,15 @@ def test_every_form_of_import_is_seen(tmp_path, line):
 
 @pytest.mark.parametrize(
     ("line", "expected"),
-    [("from . import adapter", "core.adapter"), ("from .adapter import x", "core.adapter"), ("from .. import files", "files"),
-     ("from ..files import ROOT", "files"), ("from .. import core", "core"), ("import torch", None)],
-)  # fmt: skip
+    [
+        ("from . import adapter", "core.adapter"),
+        ("from .adapter import x", "core.adapter"),
+        ("from .. import files", "files"),
+        ("from ..files import ROOT", "files"),
+        ("from .. import core", "core"),
+        ("import torch", None),
+    ],
+)
 def test_relative_imports_are_resolved(tmp_path, line, expected):
     package = tmp_path / "p"
     (package / "core").mkdir(parents=True)

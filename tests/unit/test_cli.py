@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-import xml.etree.ElementTree as ElementTree
+from types import SimpleNamespace
 
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
@@ -166,10 +166,10 @@ def test_only_update_writes_lessons(lessons):
 
 
 def test_a_failing_part_is_said_once(monkeypatch):
-    monkeypatch.setattr(testing, "run_tests", lambda parts: [testing.Result("unit", False, "1 failed", 1.0)])
+    monkeypatch.setattr(testing, "run_tests", lambda parts: [testing.Result("pytest", False, 1.0)])
     result = call("test")
     assert result.exit_code == 1
-    assert result.stderr.strip() == "lora-edu: 1 of 1 parts failed"
+    assert result.stderr.strip() == "lora-edu: pytest failed"
 
 
 def test_a_failing_lesson_fails_the_command(lessons):
@@ -230,21 +230,44 @@ def test_the_probe_measures_a_time():
     assert 0 < doctor.probe(0.05) < 60_000
 
 
-def test_summary_counts_by_part(tmp_path):
-    suite = ElementTree.Element("testsuite")
-    for classname, child in [
-        ("tests.unit.test_layer", None),
-        ("tests.unit.test_layer.TestX", "failure"),
-        ("tests.parity.test_peft", "skipped"),
-        ("tests.notebooks.test_files", "error"),
-    ]:
-        case = ElementTree.SubElement(suite, "testcase", classname=classname, time="1.5")
-        if child:
-            ElementTree.SubElement(case, child)
-    ElementTree.ElementTree(suite).write(tmp_path / "r.xml")
-    rows = testing.summarise(tmp_path / "r.xml", ["unit", "parity", "files"])
-    assert [(row.part, row.good, row.words, row.seconds) for row in rows] == [
-        ("unit", False, "1 passed, 1 failed", 3.0),
-        ("parity", True, "1 skipped", 1.5),
-        ("files", False, "1 failed", 1.5),
-    ]
+def test_the_parts_are_one_pytest_with_strict_comparison_where_outputs_repeat(monkeypatch):
+    monkeypatch.setattr(testing, "same_platform", lambda: True)
+    assert testing.pytest_command(["unit", "parity"]) == ["pytest", "--durations=10", "tests/unit", "tests/parity"]
+    assert testing.pytest_command(["lessons"])[2:4] == ["--nbval", "lessons/00_start_here.ipynb"]
+    monkeypatch.setattr(testing, "same_platform", lambda: False)
+    assert testing.pytest_command(["solutions"])[2] == "--nbval-lax"
+
+
+def test_help_does_not_wait_for_torch():
+    code = "import sys; from lora_edu.course.cli import app; app(['--help'], standalone_mode=False); "
+    code += "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'matplotlib', 'nbclient')))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture
+def started(monkeypatch, tmp_path):
+    """What ``lora-edu lab`` starts, without starting it."""
+    commands = []
+    monkeypatch.setattr("lora_edu.course.notebooks.work.WORK", tmp_path / "work")
+    monkeypatch.setattr("lora_edu.course.notebooks.work.refresh", lambda: ([], []))
+    monkeypatch.setattr(
+        subprocess, "run", lambda command, env: commands.append(command) or SimpleNamespace(returncode=0)
+    )
+    return commands
+
+
+def test_lab_passes_on_what_follows(started):
+    options = ["--no-browser", "--ip", "0.0.0.0", "--port=9000", "--allow-root"]
+    assert call("lab", *options).exit_code == 0
+    assert started[0][2:] == ["jupyterlab", started[0][3], *options]
+
+
+def test_lab_as_root_says_what_to_add(started, monkeypatch):
+    monkeypatch.setattr(os, "geteuid", lambda: 0, raising=False)
+    result = call("lab", "--no-browser")
+    assert result.exit_code == 1
+    assert "add --allow-root" in result.stderr
+    assert started == []
+    monkeypatch.setattr(os, "geteuid", lambda: 1000, raising=False)
+    assert call("lab", "--no-browser").exit_code == 0

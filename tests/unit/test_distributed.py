@@ -1,5 +1,6 @@
 """Two processes that train together give what one gives: losses, adapters, records. Over gloo, on the CPU."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -7,14 +8,14 @@ import sys
 import time
 from types import SimpleNamespace
 
+import distributed_runs
 import pytest
-import together
 import torch
 from safetensors.torch import load_file
 
 from lora_edu.files import data_path
 from lora_edu.lab import distributed, training
-from lora_edu.lab.distributed import asked, copy_to_shard, share
+from lora_edu.lab.distributed import copy_to_shard, count_targets, split_batch
 from lora_edu.lab.recording import experiments, full_runs, sweeps
 
 TIMEOUT = 280  # seconds; ten times what it takes on two busy cores
@@ -44,27 +45,27 @@ def rows_of(*labels):
 
 
 def test_what_is_asked():
-    assert asked(rows_of([7, 8, 9], [-100, -100, 5], [-100, -100])) == 3  # a first token is never predicted
-    assert asked([{"labels": 3}, {"labels": 0}, {"labels": -100}]) == 2
+    assert count_targets(rows_of([7, 8, 9], [-100, -100, 5], [-100, -100])) == 3  # a first token is never predicted
+    assert count_targets([{"labels": 3}, {"labels": 0}, {"labels": -100}]) == 2
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
 def test_shares_are_disjoint_and_their_factors_give_the_mean_over_all_tokens(processes):
     rows = rows_of([0, 1, 1], [0, 1, 1, 1, 1], [0, 1], [-100, -100, 1])
-    shares = [share(rows, index, processes) for index in range(processes)]
+    shares = [split_batch(rows, index, processes) for index in range(processes)]
     assert sorted(map(id, rows)) == sorted(id(row) for own, _ in shares for row in own)
     losses = {id(row): 10.0**i for i, row in enumerate(rows)}  # of each token in that row
-    means = [sum(losses[id(row)] * asked([row]) for row in own) / asked(own) for own, _ in shares]
+    means = [sum(losses[id(row)] * count_targets([row]) for row in own) / count_targets(own) for own, _ in shares]
     average = sum(mean * factor for mean, (_, factor) in zip(means, shares, strict=True)) / processes
-    assert average == pytest.approx(sum(losses[id(row)] * asked([row]) for row in rows) / asked(rows))
+    assert average == pytest.approx(sum(losses[id(row)] * count_targets([row]) for row in rows) / count_targets(rows))
 
 
 def test_a_share_that_asks_for_nothing_weighs_nothing():
     rows = rows_of([-100, -100], [0, 1, 1], [-100, -100, -100], [-100, 1])
-    own, factor = share(rows, 0, 2)
+    own, factor = split_batch(rows, 0, 2)
     assert (own, factor) == ([rows[1]], 0)
-    assert share(rows, 1, 2) == ([rows[1], rows[3]], 2)
-    assert share(rows[:1], 0, 1) == (rows[:1], 1)  # nobody asks for anything: NaN, as it was
+    assert split_batch(rows, 1, 2) == ([rows[1], rows[3]], 2)
+    assert split_batch(rows[:1], 0, 1) == (rows[:1], 1)  # nobody asks for anything: NaN, as it was
 
 
 @pytest.mark.errors
@@ -72,7 +73,7 @@ def test_a_share_that_asks_for_nothing_weighs_nothing():
 def test_fewer_rows_than_processes(monkeypatch, batch_size, way_out):
     four = SimpleNamespace(process_index=0, num_processes=4)
     monkeypatch.setattr(training, "new_accelerator", lambda: four)
-    with pytest.raises(ValueError, match=rf"batch_size={batch_size} for 4 distributed.*{way_out}"):
+    with pytest.raises(ValueError, match=rf"batch_size={batch_size} for 4 processes.*{way_out}"):
         training.train(torch.nn.Linear(2, 2), rows_of([0, 1]), batch_size=batch_size)
 
 
@@ -95,6 +96,44 @@ def test_the_copy_to_shard_shares_what_is_frozen():
     assert [p.requires_grad for p in copy.parameters()] == [p.requires_grad for p in model.parameters()]
 
 
+# Which device
+
+CUDA, MPS = torch.device("cuda"), torch.device("mps")
+
+
+@pytest.mark.parametrize(
+    ("run", "launched", "found", "on_the_cpu"),
+    [
+        ("quick", False, CUDA, True),  # stored outputs are the CPU's, wherever they are compared
+        ("quick", False, MPS, True),
+        ("full", False, CUDA, False),
+        ("full", False, MPS, False),
+        ("full", False, None, False),  # Accelerate finds the CPU by itself
+        ("quick", True, CUDA, False),  # whoever launches several processes means the GPUs
+        ("quick", True, MPS, True),
+        ("full", True, None, True),
+    ],
+)
+def test_a_quick_run_stays_on_the_cpu(monkeypatch, run, launched, found, on_the_cpu):
+    told = []
+    monkeypatch.setenv("LORA_EDU_RUN", run)
+    monkeypatch.setenv("LOCAL_RANK", "0") if launched else monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: found)
+    monkeypatch.setattr(distributed, "Accelerator", lambda cpu: told.append(cpu))
+    monkeypatch.setattr(distributed, "PartialState", lambda cpu: told.append(cpu))
+    distributed.new_accelerator()
+    distributed.process_state()
+    assert told == [on_the_cpu, on_the_cpu]
+
+
+@pytest.mark.parametrize(("home", "warns"), [("cuda:0", True), ("cpu", False), ("meta", False)])
+def test_a_model_on_a_gpu_is_told_that_it_trains_on_the_cpu(home, warns):
+    model = SimpleNamespace(parameters=lambda: [SimpleNamespace(device=torch.device(home))] * 2)
+    on_the_cpu, told = SimpleNamespace(device=torch.device("cpu")), pytest.warns(UserWarning, match="LORA_EDU_RUN=full")
+    with told if warns else contextlib.nullcontext():
+        assert distributed.home_device(model, on_the_cpu) == torch.device(home)
+
+
 # Two processes and one
 
 
@@ -102,9 +141,9 @@ def test_the_copy_to_shard_shares_what_is_frozen():
 def folders(tmp_path_factory):
     """The same runs in one process (here), and launched in two: whole models (DDP), and shards of them (FSDP)."""
     there = {name: tmp_path_factory.mktemp(name) for name in ("one", "ddp", "fsdp")}
-    launched("fsdp.yaml", together.__file__, there["ddp"], there["fsdp"])
-    for case in [*together.RUNS, "dropout"]:
-        together.run(case, there["one"])
+    launched("fsdp.yaml", distributed_runs.__file__, there["ddp"], there["fsdp"])
+    for case in [*distributed_runs.RUNS, "dropout"]:
+        distributed_runs.run(case, there["one"])
     return there
 
 
@@ -113,7 +152,7 @@ def read(folder, case, index):
     return history, more, load_file(folder / f"{case} {index}.safetensors")
 
 
-@pytest.mark.parametrize("case", together.RUNS)
+@pytest.mark.parametrize("case", distributed_runs.RUNS)
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
 def test_two_processes_train_as_one(folders, how, case):
     history, more, weights = read(folders["one"], case, 0)
@@ -204,8 +243,8 @@ def key(line):
 def led(monkeypatch, tmp_path):
     """The main process's part, alone: what it tells the others is noted."""
     said = []
-    monkeypatch.setattr(full_runs, "together", lambda: SimpleNamespace(num_processes=2, is_main_process=True))
-    monkeypatch.setattr(full_runs, "agreed", lambda value: said.append(value) or value)
+    monkeypatch.setattr(full_runs, "process_state", lambda: SimpleNamespace(num_processes=2, is_main_process=True))
+    monkeypatch.setattr(full_runs, "broadcast_from_main", lambda value: said.append(value) or value)
     monkeypatch.setattr(full_runs, "_settle", lambda: None)
     monkeypatch.setattr(full_runs, "_do", lambda job: {"test": 1.0})
     monkeypatch.setitem(sweeps.SWEEPS, "few", lambda: JOBS)

@@ -19,6 +19,8 @@ from lora_edu.course.cli import app
 from lora_edu.files import data_path
 from lora_edu.lab.recording import full_runs, scripts, sweeps
 
+pytestmark = pytest.mark.recording
+
 BENCHMARK = scripts.ROOT / "benchmarks" / "memory_7b.py"
 
 

@@ -27,6 +27,8 @@ from lora_edu.lab.recording import experiments, full_runs, records, sweeps
 from lora_edu.lab.recording.records import by, described, pick, read_record, spread, surroundings
 from lora_edu.lab.training import evaluate
 
+pytestmark = pytest.mark.recording
+
 ADAPTER = "smollm2-devils-dictionary"
 
 
@@ -526,9 +528,8 @@ def test_it_runs_where_only_what_training_needs_is_installed(tmp_path):
     """A borrowed GPU machine may have neither typer nor the notebooks' packages, nor PEFT."""
     absent = ("typer", "rich", "nbclient", "nbformat", "IPython", "peft", "matplotlib")
     code = f"import sys, runpy; sys.modules.update(dict.fromkeys({absent}))\n"
-    code += (
-        "sys.argv = ['full_runs', '--help']; runpy.run_module('lora_edu.lab.recording.full_runs', run_name='__main__')"
-    )
+    code += "sys.argv = ['full_runs', '--help']\n"
+    code += "runpy.run_module('lora_edu.lab.recording.full_runs', run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "smollm2_finetuning" in done.stdout

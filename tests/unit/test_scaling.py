@@ -16,6 +16,8 @@ import torch
 
 from lora_edu.files import data_path
 
+pytestmark = pytest.mark.recording
+
 SCRIPT = data_path().parent / "benchmarks" / "scaling.py"
 RECORD = data_path("runs", "scaling.json")
 

@@ -21,20 +21,9 @@ from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernel
 from nbformat import NotebookNode
 
 from lora_edu.course.notebooks.stored import KERNELSPEC, NotebookError, clear_outputs, normalise, read, write
+from lora_edu.quick import ENVIRONMENT
 
 TIMEOUT = 180  # seconds a cell may take
-# What every executed notebook sees, in the runner and in the tests: the stored outputs depend on it.
-ENVIRONMENT = {
-    "OMP_NUM_THREADS": "2",
-    "GOMP_SPINCOUNT": "10000",  # a waiting thread spins for some 10 µs, then sleeps: fast alone, bearable when busy
-    "LORA_EDU_RUN": "quick",
-    "LORA_EDU_PROGRESS": "0",
-    "HF_HUB_OFFLINE": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "PYTHONHASHSEED": "0",
-    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
-    "PYTHONWARNINGS": "ignore:IProgress not found",  # tqdm asks for ipywidgets; the course needs none
-}
 
 Progress = Callable[[int, int], None]
 

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_edu.course.notebooks.execute import ENVIRONMENT, Progress, execute
+from lora_edu.course.notebooks.execute import Progress, execute
 from lora_edu.course.notebooks.stored import BUILD, LESSONS, NotebookError, clear_outputs, normalise, read, write
 from lora_edu.files import ROOT, data_folder
+from lora_edu.quick import ENVIRONMENT
 
 RAN = BUILD / "lessons"
 TIMES = ROOT / "book" / "lesson_times.json"

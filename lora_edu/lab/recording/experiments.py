@@ -17,7 +17,7 @@ from lora_edu.core.layer import LoRALinear
 from lora_edu.core.matching import layer_index
 from lora_edu.lab.bases import load_base
 from lora_edu.lab.datasets import encode, encode_topics, load_dataset
-from lora_edu.lab.distributed import together
+from lora_edu.lab.distributed import process_state
 from lora_edu.lab.training import accuracy, evaluate, set_seed, train
 from lora_edu.lowrank import amplification_factor, effective_rank, intruder_dimensions, subspace_similarity
 
@@ -38,7 +38,15 @@ DEFAULTS: dict[str, Any] = {
     "forgetting": False,  # also the losses on plain definitions, WordNet's
     "seed": 0,
 }
-INSIDE = ("base", "task", "steps", "ranks", "seeds", "learning_rate", "full_rate")  # what look_inside's job names
+LOOKING_INSIDE = (
+    "base",
+    "task",
+    "steps",
+    "ranks",
+    "seeds",
+    "learning_rate",
+    "full_rate",
+)  # what look_inside's job names
 TOPICS_TASK = "wordnet_topics"
 TOPICS = 10
 PLAIN_ROWS = 100
@@ -92,8 +100,8 @@ def look_inside(job: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: if the job names something else, or not two rising ranks and two seeds.
     """
-    if set(job) != set(INSIDE) or len(job["ranks"]) != 2 or len(set(job["seeds"])) != 2:
-        raise ValueError(f"expected a job with {', '.join(INSIDE)}, of them two ranks and two seeds; got {job}")
+    if set(job) != set(LOOKING_INSIDE) or len(job["ranks"]) != 2 or len(set(job["seeds"])) != 2:
+        raise ValueError(f"expected a job with {', '.join(LOOKING_INSIDE)}, of them two ranks and two seeds; got {job}")
     small, large = job["ranks"]
     if small >= large:
         raise ValueError(f"ranks={job['ranks']}: the smaller one first, as (8, 64)")
@@ -179,7 +187,7 @@ def _prepared(settings: dict[str, Any]) -> tuple[nn.Module, dict[str, list]]:
     """A fresh model, on this process's GPU if there is one, with what is to be trained made trainable; and the data."""
     topics = settings["task"] == TOPICS_TASK
     base, splits = _loaded(settings["base"], settings["task"])
-    model = copy.deepcopy(base).to(together().device)
+    model = copy.deepcopy(base).to(process_state().device)
     set_seed(settings["seed"])
     if settings["method"] == "full":
         return model.requires_grad_(True), splits

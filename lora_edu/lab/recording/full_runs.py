@@ -33,10 +33,11 @@ import torch
 from tqdm import tqdm
 
 from lora_edu.files import data_path, locked, write_atomically
-from lora_edu.lab.distributed import agreed, together
+from lora_edu.lab.distributed import broadcast_from_main, process_state
 from lora_edu.lab.recording.experiments import DEFAULTS, look_inside, run
 from lora_edu.lab.recording.records import surroundings
 from lora_edu.lab.recording.sweeps import SWEEPS, Job, jobs
+from lora_edu.quick import full_size
 
 SECONDS_PER_ROW = {"tiny": 0.008, "smollm2-135m": 0.31}  # of one training step, on two idle cores
 
@@ -68,6 +69,7 @@ def cost(name: str) -> Cost:
     return Cost(len(wanted), len(_record(name, path)["runs"]), steps, seconds / 3600)
 
 
+@full_size()  # on a GPU where there is one
 def full_run(
     name: str, out: Path | None = None, processes: int = 1, minutes: float | None = None, base: str | None = None
 ) -> bool:
@@ -94,9 +96,9 @@ def full_run(
         raise ValueError(f"processes={processes}: at least one is needed")
     if minutes is not None and not minutes > 0:
         raise ValueError(f"minutes={minutes}: expected a time above 0, or none for no limit")
-    if processes > 1 and together().num_processes > 1:
+    if processes > 1 and process_state().num_processes > 1:
         raise ValueError(
-            f"processes={processes} under accelerate launch: its {together().num_processes} processes do each run "
+            f"processes={processes} under accelerate launch: its {process_state().num_processes} processes do each run "
             f"together. Leave processes at 1, or start python -m lora_edu.lab.recording.full_runs {name} --processes "
             f"{processes}"
         )
@@ -104,26 +106,26 @@ def full_run(
     wanted = jobs(name, base)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"no folder {path.parent} to write {path.name} into: make it, or name another file")
-    if not together().is_main_process:
+    if not process_state().is_main_process:
         return _follow()
     with locked(path):
         record = _record(name, path, base)
         done = {_key(line["job"]) for line in record["runs"]}
         todo = [job for job in wanted if _key(job) not in done]
-        work = _lead if together().num_processes > 1 else _work
+        work = _lead if process_state().num_processes > 1 else _work
         return work(todo, record, path, processes, minutes)
 
 
 def _lead(todo: list[Job], record: dict[str, Any], path: Path, processes: int, minutes: float | None) -> bool:
     """The main process's part under ``accelerate launch``: say which job is next, do it with all, and record it."""
-    machine = _here(record, together().num_processes) if todo else None
+    machine = _here(record, process_state().num_processes) if todo else None
     until = time.monotonic() + 60 * minutes if minutes else float("inf")
     bar = _bar(todo, record, path)
     _settle()
     with bar:
         while todo and time.monotonic() < until:
             job = todo.pop(0)
-            agreed(job)
+            broadcast_from_main(job)
             try:
                 result = _do(job)
             except Exception as error:  # the launcher ends the other processes when this one ends
@@ -131,16 +133,16 @@ def _lead(todo: list[Job], record: dict[str, Any], path: Path, processes: int, m
             record["runs"].append({"job": job, "machine": machine} | result)
             _write(path, record)
             bar.update()
-        return agreed(not todo)  # no job, but the answer to whether all is done: the end
+        return broadcast_from_main(not todo)  # no job, but the answer to whether all is done: the end
 
 
 def _follow() -> bool:
     """The other processes' part: do what the main one says, until it says how it ended."""
     _settle()
-    said: Any = agreed(None)
+    said: Any = broadcast_from_main(None)
     while not isinstance(said, bool):
         _do(said)
-        said = agreed(None)
+        said = broadcast_from_main(None)
     return said
 
 
@@ -279,10 +281,10 @@ def main() -> None:
     parser.add_argument("--base", help="any base model instead of the sweep's own")
     given = parser.parse_args()
     complete = full_run(given.name, given.out, given.processes, given.minutes, given.base)
-    if together().is_main_process:
+    if process_state().is_main_process:
         print(ending(complete))
-    together().wait_for_everyone()
-    together().destroy_process_group()
+    process_state().wait_for_everyone()
+    process_state().destroy_process_group()
 
 
 def ending(complete: bool) -> str:

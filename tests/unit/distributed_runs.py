@@ -1,7 +1,7 @@
 """Small training runs for test_distributed.py, which does them in one process and, through accelerate launch, in two.
 
-``accelerate launch --config_file data/accelerate/fsdp.yaml tests/unit/together.py FOLDER FOLDER`` does them all twice:
-every process with the whole model, then with shards of it.
+``accelerate launch --config_file data/accelerate/fsdp.yaml tests/unit/distributed_runs.py FOLDER FOLDER`` does them all
+twice: every process with the whole model, then with shards of it.
 """
 
 import json
@@ -16,7 +16,7 @@ from torch import nn
 
 from lora_edu import LoraConfig, inject, load_base, load_dataset, save_adapter
 from lora_edu.lab.datasets import encode, encode_topics
-from lora_edu.lab.distributed import shard_on_the_cpu, together
+from lora_edu.lab.distributed import process_state, shard_on_the_cpu
 from lora_edu.lab.training import evaluate, generate, set_seed, train
 
 RUNS = ["lora", "stopped", "full", "classifier", "peft"]
@@ -91,7 +91,7 @@ def dropout():
     model, tokenizer = load_base("tiny", dtype=torch.float64)
     inject(model, LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=0.5, init_lora_weights=False))
     rows = texts(tokenizer)[:1]
-    state = together()
+    state = process_state()
     drawn = {}
     hook = lambda module, _, output: drawn.setdefault("y", output.detach().clone())  # noqa: E731
     model.get_submodule("model.layers.0.self_attn.q_proj").dropout.register_forward_hook(hook)
@@ -103,7 +103,7 @@ def run(case, folder):
     """Train, and leave losses and weights in the folder."""
     set_seed(0)
     model, history, more = globals()[case]()
-    index = together().process_index
+    index = process_state().process_index
     weights = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if p.requires_grad}
     assert type(model).__name__.startswith(("Llama", "Peft"))  # no wrapper and no shards
     save_file(weights, folder / f"{case} {index}.safetensors")
@@ -120,5 +120,5 @@ if __name__ == "__main__":
     shard_on_the_cpu()
     for case in RUNS:
         run(case, sharded)
-    together().wait_for_everyone()
-    together().destroy_process_group()
+    process_state().wait_for_everyone()
+    process_state().destroy_process_group()
