@@ -1,261 +1,68 @@
-"""The first cell for Colab and Kaggle, run in a process of its own with a made-up host, pip and git; Binder's files."""
+"""The first cell for Colab and Kaggle, run by IPython with what it would start noted down; Binder's files."""
 
-import importlib.metadata
 import os
 import re
 import subprocess
-import sys
-import textwrap
 import tomllib
-from pathlib import Path
 
 import nbformat
 import pytest
+from IPython.core.interactiveshell import InteractiveShell
 from nbformat.v4 import new_code_cell, new_notebook
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from typer.testing import CliRunner
 
 from lora_edu.course.cli import app
-from lora_edu.course.notebooks.execute import ENVIRONMENT
 from lora_edu.course.notebooks.stored import find_notebook
 from lora_edu.course.publish import hosted
 from lora_edu.files import ROOT
+from lora_edu.quick import ENVIRONMENT
 
 ADDRESS = "https://example.org/lora-edu.git"
 BINDER = ROOT / ".binder"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-RANGES = {Requirement(text).name: text for text in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["course"]}
-SERVER = {"ipykernel", "jupyterlab", "nbclient", "nbconvert", "nbformat"}
-# Runs the cell as a notebook does, in a Python that does not see this repository's library.
-RUNNER = """
-import importlib.util, sys
-from IPython.core.interactiveshell import InteractiveShell
-real = importlib.util.find_spec
-importlib.util.find_spec = lambda name, *rest: None if name == "lora_edu" else real(name, *rest)
-{before}
-result = InteractiveShell.instance(colors="NoColor").run_cell({cell!r})
-print("path:", sys.path[0])
-sys.exit(0 if result.success else 1)
-"""
-PIP = """
-import os, sys
-from pathlib import Path
-with open(os.environ["COMMANDS"], "a") as file:
-    print("pip", *sys.argv[1:], sep="\\n", file=file)
-{then}
-"""
-
-
-class Runtime:
-    """A hosted runtime: a home, a folder of commands that only write down how they were called, a Python's packages."""
-
-    def __init__(self, folder: Path):
-        self.home, self.bin, self.packages = folder / "home", folder / "bin", folder / "packages"
-        for path in (self.home, self.bin, self.packages / "pip"):
-            path.mkdir(parents=True)
-        self.log = folder / "commands"
-        self.course = self.home / "lora-edu"
-        self.git(f'mkdir -p "$7" && cp {ROOT / "pyproject.toml"} "$7"')
-        self.pip("")
-        (self.packages / "pip" / "__init__.py").touch()
-
-    def git(self, then: str) -> None:
-        script = self.bin / "git"
-        script.write_text(f'#!/bin/sh\n{{ echo git; printf "%s\\n" "$@"; }} >> "$COMMANDS"\n{then}\n')
-        script.chmod(0o755)
-
-    def pip(self, then: str) -> None:
-        """What pip does when it has written down its arguments."""
-        (self.packages / "pip" / "__main__.py").write_text(PIP.format(then=textwrap.dedent(then)))
-
-    def provides(self, name: str, version: str) -> None:
-        """A package of this version is installed, before any other of its name."""
-        folder = self.packages / f"{name}-{version.split('+')[0]}.dist-info"
-        folder.mkdir(exist_ok=True)
-        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-
-    def run(
-        self, host: str | None, bases: tuple[str, ...] = (), before: str = "", address: str = ADDRESS
-    ) -> tuple[int, list[str], list[str]]:
-        """Run the cell; gives the exit code, the printed lines, and the commands' words."""
-        variables = {name: value for name, value in os.environ.items() if not name.startswith(("COLAB", "KAGGLE"))}
-        path = f"{self.bin}{os.pathsep}{variables['PATH']}"
-        variables |= {"HOME": str(self.home), "USERPROFILE": str(self.home), "PATH": path, "COMMANDS": str(self.log)}
-        variables |= {"PYTHONPATH": str(self.packages), "IPYTHONDIR": str(self.home / "ipython")}
-        if host:
-            variables[host] = "release"
-        code = RUNNER.format(before=before, cell=hosted.first_cell(address, list(bases)))
-        done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, env=variables, cwd=self.home, timeout=100
-        )
-        assert done.stderr == ""
-        words = self.log.read_text().splitlines() if self.log.exists() else []
-        return done.returncode, done.stdout.splitlines(), words
+RANGES = {Requirement(text).name: text for text in PROJECT["dependencies"]}
+EXTRAS = PROJECT["optional-dependencies"]
 
 
 @pytest.fixture
-def runtime(tmp_path):
-    return Runtime(tmp_path)
+def run_cell(monkeypatch):
+    """Runs a first cell as a notebook does; returns the shell commands and magics that it would have called."""
+    called = []
+    shell = InteractiveShell(colors="nocolor")
+    monkeypatch.setattr(shell, "system", lambda command: called.append(shell.var_expand(command, depth=1)))
+    monkeypatch.setattr(shell, "run_line_magic", lambda name, line, **_: called.append(f"%{name} {line}"))
+
+    def run(cell, installed):
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if installed else None)
+        monkeypatch.setattr("sys.path", [])
+        exec(compile(shell.transform_cell(cell), "cell", "exec"), {"get_ipython": lambda: shell})
+        return called
+
+    return run
 
 
-def test_on_a_local_machine_the_cell_does_nothing(runtime):
-    code, lines, words = runtime.run(None)
-    assert (code, words) == (0, [])
-    assert [line for line in lines if not line.startswith("path:")] == []
-    assert not runtime.course.exists()
+def test_where_the_course_is_installed_the_cell_does_nothing(run_cell):
+    assert run_cell(hosted.first_cell(ADDRESS, ["minilm"]), installed=True) == []
 
 
-def test_where_the_course_is_installed_the_cell_does_nothing(runtime):
-    found = "importlib.util.find_spec = lambda name, *rest: object() if name == 'lora_edu' else real(name, *rest)"
-    code, lines, words = runtime.run("COLAB_RELEASE_TAG", before=found)
-    assert (code, len(lines), words) == (0, 1, [])
+def test_it_clones_installs_and_fetches_what_the_lesson_loads(run_cell):
+    clone, install, fetch = run_cell(hosted.first_cell(ADDRESS, ["smollm2-135m", "minilm"]), installed=False)
+    assert clone == f"git clone --quiet --depth 1 -- {ADDRESS} lora-edu"
+    assert install == '%pip install --quiet --editable "./lora-edu[lessons]"'
+    assert fetch.endswith(" -m lora_edu.course.cli bases fetch smollm2-135m minilm")
 
 
-@pytest.mark.parametrize("host", ["COLAB_RELEASE_TAG", "KAGGLE_KERNEL_RUN_TYPE"])
-def test_it_clones_and_installs_by_ranges_and_keeps_torch(runtime, host):
-    runtime.provides("torch", "2.12.1+cu130")
-    code, lines, words = runtime.run(host)
-    assert code == 0
-    clone, pip = words[: words.index("pip")], words[words.index("pip") :]
-    assert clone == ["git", "clone", "--quiet", "--depth", "1", "--", ADDRESS, str(runtime.course)]
-    assert pip[:2] == ["pip", "install"]
-    assert pip[-2:] == ["--editable", str(runtime.course)]
-    wanted = [word for word in pip[2:-2] if not word.startswith("-")]
-    kept = {name: text for name, text in RANGES.items() if name not in SERVER} | {"torch": "torch==2.12.1+cu130"}
-    assert wanted == list(kept.values())
-    assert "peft>=0.20" in wanted
-    assert lines[0].startswith("$ git clone")
-    assert lines[1].startswith("$ python -m pip install")
-    assert lines[-2] == f"The course is ready in {runtime.course}, with torch 2.12.1+cu130."
-    assert lines[-1] == f"path: {runtime.course}"
+def test_without_further_bases_nothing_is_fetched(run_cell):
+    assert len(run_cell(hosted.first_cell(ADDRESS, []), installed=False)) == 2
 
 
-def test_a_second_run_does_not_clone_again(runtime):
-    runtime.run("COLAB_RELEASE_TAG")
-    runtime.log.unlink()
-    code, _, words = runtime.run("COLAB_RELEASE_TAG")
-    assert code == 0
-    assert "git" not in words
-
-
-def test_what_is_installed_satisfies_the_command_without_any_download(runtime):
-    """Real pip, told to use no index: it would change nothing, torch least of all."""
-    words = runtime.run("COLAB_RELEASE_TAG")[2]
-    wanted = words[words.index("pip") + 2 : -2]
-    assert f"torch=={importlib.metadata.version('torch')}" in wanted
-    dry = [sys.executable, "-m", "pip", "install", "--dry-run", "--no-index", *(w for w in wanted if w != "--quiet")]
-    done = subprocess.run(dry, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "Would install" not in done.stdout
-
-
-def test_a_torch_outside_the_range_is_replaced_and_said_so(runtime):
-    runtime.provides("torch", "2.5.0+cu124")
-    runtime.provides("torchvision", "0.20.0+cu124")
-    code, lines, words = runtime.run("COLAB_RELEASE_TAG")
-    assert code == 0
-    assert (
-        f"torch 2.5.0+cu124 is replaced, because the course needs {RANGES['torch']}: this takes some minutes" in lines
-    )
-    assert RANGES["torch"] in words
-    assert "torchvision" in words  # the old one was made for the old torch
-    assert "torchaudio" not in words
-
-
-def test_something_replaced_after_it_was_imported_asks_for_a_restart(runtime):
-    runtime.provides("numpy", "1.26.0")
-    runtime.pip("""
-        found = Path(__file__).parents[1] / "numpy-1.26.0.dist-info" / "METADATA"
-        found.write_text(found.read_text().replace("1.26.0", "2.1.0"))
-    """)
-    code, lines, _ = runtime.run("COLAB_RELEASE_TAG", before="sys.modules['numpy'] = sys")
-    assert code == 1
-    assert "Installed. Restart the runtime now: it still holds the old numpy." in lines
-    assert not any("Traceback" in line for line in lines)
-
-
-NO_NETWORK = "fatal: unable to access 'https://example.org/lora-edu.git/': Could not resolve host: example.org"
-
-
-@pytest.mark.parametrize(
-    ("host", "advice"),
-    [
-        ("KAGGLE_KERNEL_RUN_TYPE", "Switch on Internet in the notebook's settings"),
-        ("COLAB_RELEASE_TAG", "Check that the runtime has internet"),
-    ],
-)
-def test_without_network_it_says_so_in_one_line(runtime, host, advice):
-    runtime.git(f'echo "{NO_NETWORK}" >&2; exit 128')
-    code, lines, words = runtime.run(host)
-    assert code == 1
-    assert "pip" not in words
-    (said,) = [line for line in lines if not line.startswith(("$", "path:"))]
-    assert said.startswith(f"That did not work: {NO_NETWORK}. {advice}")
-    assert said.endswith("then run this cell again.")
-
-
-def test_kaggle_is_told_apart_though_it_may_carry_colabs_name(runtime):
-    runtime.git("exit 128")
-    before = "import os; os.environ['COLAB_RELEASE_TAG'] = 'release'"
-    assert "Switch on Internet" in "\n".join(runtime.run("KAGGLE_KERNEL_RUN_TYPE", before=before)[1])
-
-
-def test_a_failing_pip_says_its_last_line_and_can_be_tried_again(runtime):
-    runtime.pip("""
-        print("WARNING: Retrying")
-        sys.exit("ERROR: No matching distribution found for peft>=0.20")
-    """)
-    code, lines, _ = runtime.run("COLAB_RELEASE_TAG")
-    assert code == 1
-    (said,) = [line for line in lines if not line.startswith(("$", "path:"))]
-    assert said.startswith("That did not work: ERROR: No matching distribution found for peft>=0.20. Check")
-    assert lines[-1] != f"path: {runtime.course}"
-    runtime.pip("")
-    assert runtime.run("COLAB_RELEASE_TAG")[0] == 0
-
-
-def test_no_git_is_said_in_one_line(runtime):
-    (runtime.bin / "git").unlink()
-    code, lines, _ = runtime.run("COLAB_RELEASE_TAG", before=f"import os; os.environ['PATH'] = {str(runtime.bin)!r}")
-    assert code == 1
-    assert any(line.startswith("git is not installed in this runtime.") for line in lines)
-
-
-def test_an_old_python_is_named(runtime):
-    old = (
-        "importlib.util.find_spec = lambda name, *rest: None if name in ('lora_edu', 'tomllib') else real(name, *rest)"
-    )
-    code, lines, words = runtime.run("COLAB_RELEASE_TAG", before=old)
-    assert (code, words) == (1, [])
-    assert any(line.startswith("The course needs Python 3.11 or newer") for line in lines)
-    assert PROJECT["requires-python"] == ">=3.11"
-
-
-def test_bases_of_the_lesson_are_fetched(runtime):
-    package = runtime.packages / "lora_edu" / "course"
-    package.mkdir(parents=True)
-    (package / "__init__.py").touch()
-    (package.parent / "__init__.py").touch()
-    (package / "cli.py").write_text("import sys\nprint('downloading')\nprint(sys.argv[3] + ': ready')\n")
-    code, lines, _ = runtime.run("COLAB_RELEASE_TAG", bases=("minilm",))
-    assert code == 0
-    assert "$ python -m lora_edu.course.cli bases fetch minilm" in lines
-    assert "minilm: ready" in lines
-
-
-def test_the_clone_is_a_real_one(runtime, tmp_path):
-    """Real git, from a repository on this disk."""
-    origin = tmp_path / "origin"
-    origin.mkdir()
-    (origin / "pyproject.toml").write_bytes((ROOT / "pyproject.toml").read_bytes())
-    who = ["-c", "user.name=a", "-c", "user.email=a@example.org", "-c", "commit.gpgsign=false"]
-    for arguments in (["init", "--quiet"], ["add", "."], [*who, "commit", "--quiet", "-m", "start"]):
-        subprocess.run(["git", *arguments], cwd=origin, check=True)
-    (runtime.bin / "git").unlink()
-    code, lines, _ = runtime.run("COLAB_RELEASE_TAG", address=origin.as_uri())
-    assert (code, lines[-1]) == (0, f"path: {runtime.course}")
-    assert (runtime.course / "pyproject.toml").read_bytes() == (origin / "pyproject.toml").read_bytes()
+def test_what_is_installed_there_leaves_the_notebook_server_to_the_host():
+    names = {Requirement(text).name for text in EXTRAS["lessons"]}
+    assert "peft" in names
+    assert not names & {"ipykernel", "jupyterlab", "nbclient", "nbconvert", "nbformat"}
+    assert "lora-edu[lessons]" in EXTRAS["course"]
 
 
 # The copy that carries the cell.
