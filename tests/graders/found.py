@@ -1,14 +1,69 @@
 """What every test of a wrong answer asks: did the check stop where it should, and does its help name the mistake?"""
 
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+
 from lora_edu.course import checks
 
 
 def assert_found(report: checks.Report, step: str, words: str) -> None:
-    """The check failed at ``step``, and symptom, question or fix has the words (one of several, between bars)."""
+    """The check failed at ``step``, and symptom, question or fix has the words; a bar stands for "or" in both."""
     assert report.status == "failed", report.text
-    assert step in report.step, report.text
+    assert any(part in report.step for part in step.split("|")), report.text
     assert report.symptom, report.text
     assert report.question, report.text
     assert report.fix, report.text
     said = f"{report.symptom} {report.question} {report.fix}"
     assert any(part in said for part in words.split("|")), report.text
+
+
+def each_is_found(
+    check: Callable[..., checks.Report],
+    mistakes: Mapping[str, tuple],
+    step: str | None = None,
+    words: str | None = None,
+) -> Callable[[str], None]:
+    """A test, with one case a mistake: the check stops at the wrong answer and names it.
+
+    Args:
+        check: from ``lora_edu.course.checks``.
+        mistakes: {name: (answer, step, words)}; a check of two objects has two answers in the row.
+        step: where all of them are found; the rows then leave it out.
+        words: what is said about all of them; the rows then leave it out.
+    """
+
+    @pytest.mark.parametrize("mistake", mistakes)
+    def test(mistake: str) -> None:
+        answers = list(mistakes[mistake])
+        said = answers.pop() if words is None else words
+        where = answers.pop() if step is None else step
+        assert_found(check(*answers), where, said)
+
+    return test
+
+
+def by_class(mistakes: Mapping[type, tuple[str, str]]) -> dict[str, tuple[type, str, str]]:
+    """{class: (step, words)} as :func:`each_is_found` wants it: wrong answers that are classes are their own names."""
+    return {wrong.__name__: (wrong, *found) for wrong, found in mistakes.items()}
+
+
+def assert_random_state_kept(check: Callable[[Any], checks.Report], answer: Any) -> None:
+    """The answer passes, and afterwards Python's and PyTorch's generators go on as if it had not been checked."""
+
+    def seed_all() -> None:
+        torch.manual_seed(5)
+        random.seed(5)
+
+    seed_all()
+    expected = torch.rand(3), random.random()
+    seed_all()
+    report = check(answer)
+    assert report.status == "passed", report.text
+    assert torch.equal(torch.rand(3), expected[0])
+    assert random.random() == expected[1]

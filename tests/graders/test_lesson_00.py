@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from found import assert_found
+from found import each_is_found
 from lora_edu.course import checks
 
 pytestmark = pytest.mark.graders
@@ -68,12 +68,7 @@ SOFTMAX = {
     "overflow": (as_in_the_formula, "1000", "not numbers"),
     "one maximum for all rows": (one_maximum_for_all, "far apart", "near −1000"),
 }
-
-
-@pytest.mark.parametrize("wrong", SOFTMAX)
-def test_wrong_softmax_is_found(wrong: str) -> None:
-    answer, step, symptom = SOFTMAX[wrong]
-    assert_found(checks.softmax_by_hand(answer), step, symptom)
+test_wrong_softmax_is_found = each_is_found(checks.softmax_by_hand, SOFTMAX)
 
 
 def per_token(z, y):
@@ -166,9 +161,4 @@ CROSS_ENTROPY = {
     "outside autograd": (outside_autograd, "gradient", "no gradient flows"),
     "half of it detached": (half_detached, "gradient", "its gradient is not"),
 }
-
-
-@pytest.mark.parametrize("wrong", CROSS_ENTROPY)
-def test_wrong_cross_entropy_is_found(wrong: str) -> None:
-    answer, step, symptom = CROSS_ENTROPY[wrong]
-    assert_found(checks.masked_cross_entropy(answer), step, symptom)
+test_wrong_cross_entropy_is_found = each_is_found(checks.masked_cross_entropy, CROSS_ENTROPY)

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from found import assert_found
+from found import each_is_found
 from lora_edu.course import checks
 from lora_edu.lowrank import effective_rank, low_rank_approximation, singular_values, stable_rank
 
@@ -43,12 +43,7 @@ RANK = {
     "of the weight, not the update": (lambda b, a: effective_rank(a), "weight after training"),
     "a tensor": (lambda b, a: entropy(shares(b, a)).exp(), "you return a Tensor"),
 }
-
-
-@pytest.mark.parametrize("mistake", RANK)
-def test_effective_rank_mistake(mistake: str) -> None:
-    wrong, symptom = RANK[mistake]
-    assert_found(checks.update_effective_rank(wrong), "random update", symptom)
+test_effective_rank_mistake = each_is_found(checks.update_effective_rank, RANK, step="random update")
 
 
 def cutter(change, start="before", vectors=False, edge=True):
@@ -112,12 +107,7 @@ CUTS = {
     "first rows": (cutter(first_rows), "every matrix", "not the best one"),
     "large r fails": (cutter(right, edge=False), "a rank above", "ValueError"),
 }
-
-
-@pytest.mark.parametrize("mistake", CUTS)
-def test_cut_mistake(mistake: str) -> None:
-    wrong, step, symptom = CUTS[mistake]
-    assert_found(checks.truncated_updates(wrong), step, symptom)
+test_cut_mistake = each_is_found(checks.truncated_updates, CUTS)
 
 
 def top(delta, r):
@@ -174,12 +164,7 @@ SHARES = {
     "formula": (lambda d, r: (top(d, r), r / d.shape[1]), "r/k", "same at each call"),
     "the top ones again": (lambda d, r: (top(d, r), top(d, r)), "r/k", "same at each call"),
 }
-
-
-@pytest.mark.parametrize("mistake", SHARES)
-def test_share_mistake(mistake: str) -> None:
-    wrong, step, symptom = SHARES[mistake]
-    assert_found(checks.top_against_random(wrong), step, symptom)
+test_share_mistake = each_is_found(checks.top_against_random, SHARES)
 
 
 def loop(loss=torch.mean, clear=True, copied=True, result=lambda W, W0: W.detach() - W0, always=None):
@@ -210,12 +195,7 @@ UPDATES = {
         "not right",
     ),
 }
-
-
-@pytest.mark.parametrize("mistake", UPDATES)
-def test_update_mistake(mistake: str) -> None:
-    wrong, step, symptom = UPDATES[mistake]
-    assert_found(checks.optimizer_update(wrong), step, symptom)
+test_update_mistake = each_is_found(checks.optimizer_update, UPDATES)
 
 
 @pytest.mark.parametrize("hint", [1, 2, 3])

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from found import assert_found
+from found import assert_found, by_class, each_is_found
 from lora_edu.course import checks
 
 pytestmark = pytest.mark.graders
@@ -32,12 +32,7 @@ FORWARD = {
     "everything scaled": (lambda x, W, A, B, alpha, r: alpha / r * (x @ (W + B @ A).T), "no multiple of x Aᵀ Bᵀ"),
     "A and B not transposed": (lambda x, W, A, B, alpha, r: x @ W.T + alpha / r * (x @ A @ B), "your code raised"),
 }
-
-
-@pytest.mark.parametrize("mistake", FORWARD)
-def test_forward_names_the_mistake(mistake: str) -> None:
-    answer, symptom = FORWARD[mistake]
-    assert_found(checks.lora_forward(answer), "a batch of inputs", symptom)
+test_forward_names_the_mistake = each_is_found(checks.lora_forward, FORWARD, step="a batch of inputs")
 
 
 def test_forward_without_leading_dimensions() -> None:
@@ -294,12 +289,7 @@ GRADIENTS = {
         lambda g, x, W, A, B, s: (s * B.T @ (g.mT @ x), s * (g.mT @ x) @ A.T, g @ (W + s * B @ A)), "sequences", "",
     ),
 }  # fmt: skip
-
-
-@pytest.mark.parametrize("mistake", GRADIENTS)
-def test_gradients_name_the_mistake(mistake: str) -> None:
-    answer, step, symptom = GRADIENTS[mistake]
-    assert_found(checks.lora_gradients(answer), step, symptom)
+test_gradients_name_the_mistake = each_is_found(checks.lora_gradients, GRADIENTS)
 
 
 class Tutorial(nn.Module):
@@ -359,11 +349,7 @@ TUTORIAL = {
     TutorialTrainsAll: ("only lora_a and lora_b", "linear.weight"),
     TutorialAlphaOnly: ("still scaled", "r is not"),
 }
-
-
-@pytest.mark.parametrize("wrong", TUTORIAL, ids=lambda cls: cls.__name__)
-def test_mended_tutorial_names_the_mistake(wrong: type[nn.Module]) -> None:
-    assert_found(checks.mended_tutorial(wrong), *TUTORIAL[wrong])
+test_mended_tutorial_names_the_mistake = each_is_found(checks.mended_tutorial, by_class(TUTORIAL))
 
 
 class Branch(nn.Module):
@@ -403,12 +389,7 @@ SHAPES = {
         lambda model, rank: {name: None for name, _ in model.named_parameters()}, "square", "gets no branch",
     ),
 }  # fmt: skip
-
-
-@pytest.mark.parametrize("mistake", SHAPES)
-def test_mended_shapes_name_the_mistake(mistake: str) -> None:
-    answer, step, symptom = SHAPES[mistake]
-    assert_found(checks.mended_shapes(answer), step, symptom)
+test_mended_shapes_name_the_mistake = each_is_found(checks.mended_shapes, SHAPES)
 
 
 class Note(Right):
@@ -461,11 +442,7 @@ NOTE = {
     NoteDead: ("lesson's size", "a dead layer"),
     NoteNoScale: ("still scaled", "not scaled at all"),
 }
-
-
-@pytest.mark.parametrize("wrong", NOTE, ids=lambda cls: cls.__name__)
-def test_mended_note_names_the_mistake(wrong: type[nn.Module]) -> None:
-    assert_found(checks.mended_note(wrong), *NOTE[wrong])
+test_mended_note_names_the_mistake = each_is_found(checks.mended_note, by_class(NOTE))
 
 
 def walk(results: Any, passes: Callable[[Any], bool]) -> float | None:
@@ -493,12 +470,7 @@ RATE = {
         lambda res, limit: next((r for r in sorted(res) if not all(v <= limit for v in res[r])), None), "largest rate",
     ),
 }  # fmt: skip
-
-
-@pytest.mark.parametrize("mistake", RATE)
-def test_rate_names_the_mistake(mistake: str) -> None:
-    answer, step = RATE[mistake]
-    assert_found(checks.tolerated_rate(answer), step, "you return")
+test_rate_names_the_mistake = each_is_found(checks.tolerated_rate, RATE, words="you return")
 
 
 def unsorted(results: Any, limit: float) -> float | None:

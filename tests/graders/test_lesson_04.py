@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from found import assert_found
+from found import each_is_found
 from lora_edu import LoRALinear
 from lora_edu.core.matching import matches_names
 from lora_edu.course import checks
@@ -43,12 +43,7 @@ NAME_MATCHING = {
     "only the first": (lambda n, ts: n == ts[0] or n.endswith("." + ts[0]), "one fitting target", "any("),
     "a pattern": (lambda n, ts: any(re.search(rf"(^|\.){t}$", n) for t in ts), "no patterns", "regular expression"),
 }
-
-
-@pytest.mark.parametrize("mistake", NAME_MATCHING)
-def test_name_matching_names_the_mistake(mistake: str) -> None:
-    answer, step, symptom = NAME_MATCHING[mistake]
-    assert_found(checks.name_matching(answer), step, symptom)
+test_name_matching_names_the_mistake = each_is_found(checks.name_matching, NAME_MATCHING)
 
 
 def wrapped(
@@ -149,12 +144,7 @@ HAND_INJECTION = {
     "wraps the wrapper": (with_mistake(kinds=(nn.Linear, LoRALinear)), "wraps nothing twice", "wrapped twice"),
     "second call freezes the first": (with_mistake(freeze="first"), "a second call", "stops the first adapter"),
 }
-
-
-@pytest.mark.parametrize("mistake", HAND_INJECTION)
-def test_hand_injection_names_the_mistake(mistake: str) -> None:
-    answer, step, symptom = HAND_INJECTION[mistake]
-    assert_found(checks.hand_injection(answer), step, symptom)
+test_hand_injection_names_the_mistake = each_is_found(checks.hand_injection, HAND_INJECTION)
 
 
 def tensors_of(model: nn.Module, prefix: str = "base_model.model.", ending: str = ".weight") -> dict[str, torch.Tensor]:
@@ -243,12 +233,7 @@ SAVE_AND_LOAD = {
     "shapes not compared": (saver(), loader(shapes=False), "another rank", "copy_ broadcasts"),
     "copied before checking": (saver(), loader(early=True), "tensor missing", "half of it had been loaded"),
 }
-
-
-@pytest.mark.parametrize("mistake", SAVE_AND_LOAD)
-def test_save_and_load_names_the_mistake(mistake: str) -> None:
-    save, load, step, symptom = SAVE_AND_LOAD[mistake]
-    assert_found(checks.save_and_load(save, load), step, symptom)
+test_save_and_load_names_the_mistake = each_is_found(checks.save_and_load, SAVE_AND_LOAD)
 
 
 def mean(losses: Sequence[float]) -> float:
@@ -276,9 +261,4 @@ SEED_VERDICT = {
     "equal counts": (lambda a, b: ranges(a, b, equal=True), "touch", "same loss"),
     "one seed decides": (lambda a, b: ranges(a, b, few=1), "single seed", "spread of one seed"),
 }
-
-
-@pytest.mark.parametrize("mistake", SEED_VERDICT)
-def test_seed_verdict_names_the_mistake(mistake: str) -> None:
-    answer, step, symptom = SEED_VERDICT[mistake]
-    assert_found(checks.seed_verdict(answer), step, symptom)
+test_seed_verdict_names_the_mistake = each_is_found(checks.seed_verdict, SEED_VERDICT)

@@ -6,6 +6,7 @@ import json
 import math
 import struct
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from found import assert_found
+from found import each_is_found
 from lora_edu.course import checks
 
 pytestmark = pytest.mark.graders
@@ -30,12 +31,7 @@ LORA_COUNT = {
     "square assumed from the output": (lambda i, o, r: 2 * r * o, "not square", "as if the layer were square"),
     "r by r core": (lambda i, o, r: r * r, "a square layer", "not the number of entries of A and B"),
 }
-
-
-@pytest.mark.parametrize("mistake", LORA_COUNT)
-def test_lora_count_names_the_mistake(mistake: str) -> None:
-    answer, step, symptom = LORA_COUNT[mistake]
-    assert_found(checks.lora_count(answer), step, symptom)
+test_lora_count_names_the_mistake = each_is_found(checks.lora_count, LORA_COUNT)
 
 
 def over_base(lora: int, base: int, head: int) -> tuple[int, int, float]:
@@ -75,12 +71,7 @@ PEFT_NUMBERS = {
     "head counted once": (one_head, "a classifier", "both are counted"),
     "head counted three times": (three_heads, "a classifier", "inside the base already"),
 }
-
-
-@pytest.mark.parametrize("mistake", PEFT_NUMBERS)
-def test_peft_numbers_names_the_mistake(mistake: str) -> None:
-    answer, step, symptom = PEFT_NUMBERS[mistake]
-    assert_found(checks.peft_numbers(answer), step, symptom)
+test_peft_numbers_names_the_mistake = each_is_found(checks.peft_numbers, PEFT_NUMBERS)
 
 
 def counter(
@@ -125,12 +116,7 @@ COUNT_TARGETS = {
     "two names counted twice": (counter(remove_duplicate=False), "two names", "two names"),
     "no error": (counter(refuse=False), "no match", "without a word"),
 }
-
-
-@pytest.mark.parametrize("mistake", COUNT_TARGETS)
-def test_count_targets_names_the_mistake(mistake: str) -> None:
-    answer, step, symptom = COUNT_TARGETS[mistake]
-    assert_found(checks.count_targets(answer, hint=3), step, symptom)
+test_count_targets_names_the_mistake = each_is_found(partial(checks.count_targets, hint=3), COUNT_TARGETS)
 
 
 def test_counter_without_a_mistake_passes() -> None:
@@ -184,12 +170,7 @@ ADAPTER_FILE = {
     "metadata as a tensor": (lambda path: file_answer(path, skip=False), "a metadata entry", "KeyError: 'shape'"),
     "four bytes a number": (lambda path: file_answer(path, numbers="four bytes"), "16-bit", "not every number has 4"),
 }
-
-
-@pytest.mark.parametrize("mistake", ADAPTER_FILE)
-def test_adapter_file_names_the_mistake(mistake: str) -> None:
-    answer, step, symptom = ADAPTER_FILE[mistake]
-    assert_found(checks.adapter_file(answer), step, symptom)
+test_adapter_file_names_the_mistake = each_is_found(checks.adapter_file, ADAPTER_FILE)
 
 
 def one_rank_for_all(per_rank: dict[str, int], budget: int) -> dict[str, int]:
@@ -208,9 +189,4 @@ MATCHED_RANKS = {
         "misses the budget",
     ),
 }
-
-
-@pytest.mark.parametrize("mistake", MATCHED_RANKS)
-def test_matched_ranks_names_the_mistake(mistake: str) -> None:
-    answer, step, symptom = MATCHED_RANKS[mistake]
-    assert_found(checks.matched_ranks(answer), step, symptom)
+test_matched_ranks_names_the_mistake = each_is_found(checks.matched_ranks, MATCHED_RANKS)

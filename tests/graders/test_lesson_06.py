@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from found import assert_found
+from found import each_is_found
 from lora_edu.course import checks
 
 pytestmark = pytest.mark.graders
@@ -39,12 +40,7 @@ STATE_BYTES = {
     "no master": (states(lambda f, t, b, w, g, m, k: f * b + t * (w + g + 2 * m)), "master copy", "master copy is"),
     "master has no default": (lambda f, t, b, w, g, m, k: f * b + t * (w + g + 2 * m + k), "equal to the", "raised"),
 }
-
-
-@pytest.mark.parametrize("mistake", STATE_BYTES)
-def test_state_bytes_names_the_mistake(mistake: str) -> None:
-    answer, step, symptom = STATE_BYTES[mistake]
-    assert_found(checks.state_bytes(answer), step, symptom)
+test_state_bytes_names_the_mistake = each_is_found(checks.state_bytes, STATE_BYTES)
 
 
 def operations(frozen: int, trained: int, again_frozen: int = 2, again_trained: int = 2) -> Callable[..., int]:
@@ -69,12 +65,7 @@ OPERATIONS = {
     "the whole step twice": (operations(4, 6, 4, 6), "checkpointing", "not the whole step"),
     "tokens forgotten": (lambda f, t, tokens, checkpointing=False: 4 * f + 6 * t, "full", "grow with the tokens"),
 }
-
-
-@pytest.mark.parametrize("mistake", OPERATIONS)
-def test_step_operations_names_the_mistake(mistake: str) -> None:
-    answer, step, symptom = OPERATIONS[mistake]
-    assert_found(checks.step_operations(answer), step, symptom)
+test_step_operations_names_the_mistake = each_is_found(checks.step_operations, OPERATIONS)
 
 
 def listener(
@@ -125,12 +116,7 @@ KEPT_BYTES = {
     "a view's own size": (listener(size=lambda t: t.numel() * t.element_size()), "view", "whole memory behind it"),
     "frozen weights counted": (listener(trainable_only=True), "a frozen layer", "own parameters are in your sum"),
 }
-
-
-@pytest.mark.parametrize("mistake", KEPT_BYTES)
-def test_kept_bytes_names_the_mistake(mistake: str) -> None:
-    answer, step, symptom = KEPT_BYTES[mistake]
-    assert_found(checks.kept_bytes(answer), step, symptom)
+test_kept_bytes_names_the_mistake = each_is_found(checks.kept_bytes, KEPT_BYTES)
 
 
 def test_listener_without_a_mistake_passes() -> None:
@@ -190,12 +176,7 @@ LARGEST_BATCH = {
     "no limit": (no_limit, "everything fits", "above the limit"),
     "strictly below": (search(fits=lambda p, room: p < room), "exactly full", "would fit, too"),
 }
-
-
-@pytest.mark.parametrize("mistake", LARGEST_BATCH)
-def test_largest_batch_names_the_mistake(mistake: str) -> None:
-    answer, step, symptom = LARGEST_BATCH[mistake]
-    assert_found(checks.largest_batch(answer, hint=3), step, symptom)
+test_largest_batch_names_the_mistake = each_is_found(partial(checks.largest_batch, hint=3), LARGEST_BATCH)
 
 
 def quartiles(ratios: Sequence[float], method: str = "inclusive") -> tuple[float, float]:
@@ -250,9 +231,4 @@ PAIRED_RATIO = {
     ),
     "one number": (lambda a, b: statistics.median(a), "different speed", "expected three numbers"),
 }
-
-
-@pytest.mark.parametrize("mistake", PAIRED_RATIO)
-def test_paired_ratio_names_the_mistake(mistake: str) -> None:
-    answer, step, symptom = PAIRED_RATIO[mistake]
-    assert_found(checks.paired_ratio(answer), step, symptom)
+test_paired_ratio_names_the_mistake = each_is_found(checks.paired_ratio, PAIRED_RATIO)

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from found import assert_found
+from found import assert_found, assert_random_state_kept, each_is_found
 from lora_edu.course import checks
-from lora_edu.course.checks import lesson_07_chat
+from lora_edu.course.checks import lesson_07
 from lora_edu.lab.bases import BaseMissing
 from lora_edu.lab.datasets import encode
 
@@ -80,12 +80,7 @@ ANSWER_LABELS = {
     "a tensor": (lambda *given: torch.tensor(labels()(*given)), "prompt, answer", "a Tensor"),
     "a given list lengthened": (in_place, "prompt, answer", "changed a list"),
 }
-
-
-@pytest.mark.parametrize("mistake", ANSWER_LABELS)
-def test_answer_labels_names_the_mistake(mistake: str) -> None:
-    answer, step, words = ANSWER_LABELS[mistake]
-    assert_found(checks.answer_labels(answer), step, words)
+test_answer_labels_names_the_mistake = each_is_found(checks.answer_labels, ANSWER_LABELS)
 
 
 WARMUP_FACTOR = {
@@ -111,12 +106,7 @@ WARMUP_FACTOR = {
     "no warm-up is no training": (lambda k, w: min(1.0, k / w) if w else 0.0, "none", "in step 1 is 0, expected 1"),
     "nothing returned": (lambda k, w: None, "rises evenly", "NoneType"),
 }
-
-
-@pytest.mark.parametrize("mistake", WARMUP_FACTOR)
-def test_warmup_factor_names_the_mistake(mistake: str) -> None:
-    answer, step, words = WARMUP_FACTOR[mistake]
-    assert_found(checks.warmup_factor(answer), step, words)
+test_warmup_factor_names_the_mistake = each_is_found(checks.warmup_factor, WARMUP_FACTOR)
 
 
 def chat(
@@ -250,12 +240,7 @@ ENCODE_CHAT = {
     "cut at the beginning": (chat(cut="left"), "cut at", "has lost its beginning"),
     "nothing refused": (chat(refuse=False), "is refused", "your function returns a row"),
 }
-
-
-@pytest.mark.parametrize("mistake", ENCODE_CHAT)
-def test_encode_chat_names_the_mistake(mistake: str) -> None:
-    answer, step, words = ENCODE_CHAT[mistake]
-    assert_found(checks.encode_chat(answer), step, words)
+test_encode_chat_names_the_mistake = each_is_found(checks.encode_chat, ENCODE_CHAT)
 
 
 def test_the_librarys_own_rows_pass() -> None:
@@ -264,17 +249,17 @@ def test_the_librarys_own_rows_pass() -> None:
 
 
 def test_a_missing_base_is_no_mistake_of_the_learner(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = lesson_07_chat.require_base
+    real = lesson_07.require_base
 
     def without_smollm2(name: str) -> Any:
         if name != "tiny":
             raise BaseMissing(f"the base {name!r} is not on this machine yet: run `lora-edu bases fetch` once")
         return real(name)
 
-    lesson_07_chat._tokenizer.cache_clear()
-    monkeypatch.setattr(lesson_07_chat, "require_base", without_smollm2)
+    lesson_07._tokenizer.cache_clear()
+    monkeypatch.setattr(lesson_07, "require_base", without_smollm2)
     report = checks.encode_chat(chat())
-    lesson_07_chat._tokenizer.cache_clear()
+    lesson_07._tokenizer.cache_clear()
     assert_found(report, "SmolLM2's tokenizer", "bases fetch")
     assert len(report.passed) == 7
 
@@ -359,12 +344,7 @@ EARLY_STOPPING = {
     "restored by .data": (stopping(back="data"), "weights come back", "other memory"),
     "frozen by restoring": (stopping(back="frozen"), "weights come back", "frozen"),
 }
-
-
-@pytest.mark.parametrize("mistake", EARLY_STOPPING)
-def test_early_stopping_names_the_mistake(mistake: str) -> None:
-    answer, step, words = EARLY_STOPPING[mistake]
-    assert_found(checks.early_stopping(answer), step, words)
+test_early_stopping_names_the_mistake = each_is_found(checks.early_stopping, EARLY_STOPPING)
 
 
 def test_deep_copies_pass_too() -> None:
@@ -464,18 +444,8 @@ AT_EQUAL_QUALITY = {
         "you give None",
     ),
 }
-
-
-@pytest.mark.parametrize("mistake", AT_EQUAL_QUALITY)
-def test_at_equal_quality_names_the_mistake(mistake: str) -> None:
-    answer, step, words = AT_EQUAL_QUALITY[mistake]
-    assert_found(checks.at_equal_quality(answer), step, words)
+test_at_equal_quality_names_the_mistake = each_is_found(checks.at_equal_quality, AT_EQUAL_QUALITY)
 
 
 def test_checks_leave_the_random_state_alone(from_solution: Callable) -> None:
-    solution = from_solution(NOTEBOOK, "EarlyStopping")
-    torch.manual_seed(5)
-    expected = torch.rand(3)
-    torch.manual_seed(5)
-    checks.early_stopping(solution)
-    assert torch.equal(torch.rand(3), expected)
+    assert_random_state_kept(checks.early_stopping, from_solution(NOTEBOOK, "EarlyStopping"))

@@ -10,11 +10,10 @@ from typing import Any
 
 import peft
 import pytest
-import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from found import assert_found
+from found import assert_random_state_kept, each_is_found
 from lora_edu.course import checks
 
 pytestmark = [
@@ -47,12 +46,7 @@ SCALE_OF = {
     "alpha 16 by default": (lambda f: f.get("lora_alpha", 16) / rs(f), "missing fields", "lora_alpha are 8"),
     "nothing returned": (lambda f: None, "is lora_alpha / r", "returns None"),
 }
-
-
-@pytest.mark.parametrize("mistake", SCALE_OF)
-def test_scale_of_names_the_mistake(mistake: str) -> None:
-    answer, step, symptom = SCALE_OF[mistake]
-    assert_found(checks.scale_of(answer), step, symptom)
+test_scale_of_names_the_mistake = each_is_found(checks.scale_of, SCALE_OF)
 
 
 def kohya(
@@ -120,12 +114,7 @@ FROM_KOHYA = {
     "last segments as targets": (kohya(targets="last"), "PEFT loads it", "PEFT adapts"),
     "no fields": (kohya(pair=False), "keys are PEFT's", "no pair"),
 }
-
-
-@pytest.mark.parametrize("mistake", FROM_KOHYA)
-def test_from_kohya_names_the_mistake(mistake: str) -> None:
-    answer, step, symptom = FROM_KOHYA[mistake]
-    assert_found(checks.from_kohya(answer), step, symptom)
+test_from_kohya_names_the_mistake = each_is_found(checks.from_kohya, FROM_KOHYA)
 
 
 def places(folder: Path, model: nn.Module, copied: bool = True) -> set[str]:
@@ -197,12 +186,7 @@ AUDIT = {
     "in place": (audit_in_place, "as it was", "copy.deepcopy"),
     "no dictionary": (lambda f, m: sorted(in_file(f)), "a sound file", "does not return a dictionary"),
 }
-
-
-@pytest.mark.parametrize("mistake", AUDIT)
-def test_audit_names_the_mistake(mistake: str) -> None:
-    answer, step, symptom = AUDIT[mistake]
-    assert_found(checks.audit(answer), step, symptom)
+test_audit_names_the_mistake = each_is_found(checks.audit, AUDIT)
 
 
 PREFIX = "base_model.model."
@@ -252,18 +236,8 @@ MEND = {
         "compiled and nested",
     ),
 }
-
-
-@pytest.mark.parametrize("mistake", MEND)
-def test_mend_names_the_mistake(mistake: str) -> None:
-    answer, step, symptom = MEND[mistake]
-    assert_found(checks.mend(answer), step, symptom)
+test_mend_names_the_mistake = each_is_found(checks.mend, MEND)
 
 
 def test_checks_leave_the_random_state_alone(from_solution: Callable) -> None:
-    solution = from_solution(NOTEBOOK, "mend")  # runs the notebook's cells, which may draw
-    torch.manual_seed(5)
-    expected = torch.rand(3)
-    torch.manual_seed(5)
-    checks.mend(solution)
-    assert torch.equal(torch.rand(3), expected)
+    assert_random_state_kept(checks.mend, from_solution(NOTEBOOK, "mend"))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from found import assert_found
+from found import assert_random_state_kept, each_is_found
 from lora_edu.course import checks
 
 pytestmark = pytest.mark.graders
@@ -76,16 +76,7 @@ MERGED_WEIGHT = {
     "the copy never forgotten": (slot(forget=False), "does no harm", "self.kept = None"),
 }
 
-
-@pytest.mark.parametrize("mistake", MERGED_WEIGHT)
-def test_merged_weight_names_the_mistake(mistake: str) -> None:
-    answer, step, words = MERGED_WEIGHT[mistake]
-    report = checks.merged_weight(answer)
-    if mistake == "unmerging without a merge":  # the learner's own exception is shown
-        assert report.status == "failed"
-        assert step in report.step
-        return
-    assert_found(report, step, words)
+test_merged_weight_names_the_mistake = each_is_found(checks.merged_weight, MERGED_WEIGHT)
 
 
 def right(x: Tensor, weight: Tensor, adapters: dict, names: list[str], scale: bool = True) -> Tensor:
@@ -184,14 +175,7 @@ MIXED_LINEAR = {
     "x is written over": (writes_into_x, "one adapter", "changes x"),
     "nothing returned": (lambda *given: None, "one adapter", "NoneType"),
 }
-
-
-@pytest.mark.parametrize("mistake", MIXED_LINEAR)
-def test_mixed_linear_names_the_mistake(mistake: str) -> None:
-    answer, step, words = MIXED_LINEAR[mistake]
-    report = checks.mixed_linear(answer)
-    assert report.status == "failed", report.text
-    assert_found(report, step, words)
+test_mixed_linear_names_the_mistake = each_is_found(checks.mixed_linear, MIXED_LINEAR)
 
 
 def test_a_gathered_answer_passes_too() -> None:
@@ -312,12 +296,7 @@ HOT_SWAP = {
     "checked while writing": (swap(order="on the way"), "nothing has changed", "Two loops"),
     "scale before the check": (swap(order="on the way", scale="early"), "nothing has changed", "has changed already"),
 }
-
-
-@pytest.mark.parametrize("mistake", HOT_SWAP)
-def test_hot_swap_names_the_mistake(mistake: str) -> None:
-    answer, step, words = HOT_SWAP[mistake]
-    assert_found(checks.hot_swap(answer), step, words)
+test_hot_swap_names_the_mistake = each_is_found(checks.hot_swap, HOT_SWAP)
 
 
 MERGING_PAYS = {
@@ -352,18 +331,8 @@ MERGING_PAYS = {
         "you answer",
     ),
 }
-
-
-@pytest.mark.parametrize("mistake", MERGING_PAYS)
-def test_merging_pays_names_the_mistake(mistake: str) -> None:
-    answer, step, words = MERGING_PAYS[mistake]
-    assert_found(checks.merging_pays(answer), step, words)
+test_merging_pays_names_the_mistake = each_is_found(checks.merging_pays, MERGING_PAYS)
 
 
 def test_checks_leave_the_random_state_alone(from_solution: Callable) -> None:
-    solution = from_solution(NOTEBOOK, "mixed_linear")  # runs the notebook's cells, which may draw
-    torch.manual_seed(5)
-    expected = torch.rand(3)
-    torch.manual_seed(5)
-    checks.mixed_linear(solution)
-    assert torch.equal(torch.rand(3), expected)
+    assert_random_state_kept(checks.mixed_linear, from_solution(NOTEBOOK, "mixed_linear"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from found import assert_found
+from found import assert_random_state_kept, each_is_found
 from lora_edu.course import checks
 
 pytestmark = pytest.mark.graders
@@ -35,12 +34,7 @@ SAME_TRAINING = {
     "one number": (lambda a, eta, k: eta / k**0.5, "two positive", "Which two numbers"),
     "whole numbers": (lambda a, eta, k: (a // k**0.5, eta // k**0.5), "two positive", "Can training start"),
 }
-
-
-@pytest.mark.parametrize("mistake", SAME_TRAINING)
-def test_same_training_names_the_mistake(mistake: str) -> None:
-    answer, step, words = SAME_TRAINING[mistake]
-    assert_found(checks.same_training(answer), step, words)
+test_same_training_names_the_mistake = each_is_found(checks.same_training, SAME_TRAINING)
 
 
 def amplified(
@@ -85,12 +79,7 @@ AMPLIFICATION = {
     ),
     "a matrix": (lambda W, delta, r: delta / W.norm(), RIGHT_BELOW, "a tensor of shape"),
 }
-
-
-@pytest.mark.parametrize("mistake", AMPLIFICATION)
-def test_amplification_names_the_mistake(mistake: str) -> None:
-    answer, step, words = AMPLIFICATION[mistake]
-    assert_found(checks.amplification(answer), step, words)
+test_amplification_names_the_mistake = each_is_found(checks.amplification, AMPLIFICATION)
 
 
 def chosen(
@@ -180,12 +169,7 @@ PICK_BEST = {
     "never refuses": (chosen(give_up=True), "no complete rate", "Raise ValueError"),
 }
 
-
-@pytest.mark.parametrize("mistake", PICK_BEST)
-def test_pick_best_names_the_mistake(mistake: str) -> None:
-    answer, step, words = PICK_BEST[mistake]
-    report = checks.pick_best(answer)
-    assert_found(report, next((each for each in step.split("|") if each in report.step), step), words)
+test_pick_best_names_the_mistake = each_is_found(checks.pick_best, PICK_BEST)
 
 
 def left(matrix: Tensor, full: bool = False) -> Tensor:
@@ -249,12 +233,7 @@ INTRUDERS = {
         "threshold stays at 0.5",
     ),
 }
-
-
-@pytest.mark.parametrize("mistake", INTRUDERS)
-def test_intruders_names_the_mistake(mistake: str) -> None:
-    answer, step, words = INTRUDERS[mistake]
-    assert_found(checks.intruders(answer), step, words)
+test_intruders_names_the_mistake = each_is_found(checks.intruders, INTRUDERS)
 
 
 def test_a_count_by_loops_passes_too() -> None:
@@ -327,12 +306,7 @@ FAIR_DIFFERENCE = {
         "the spread of one number",
     ),
 }
-
-
-@pytest.mark.parametrize("mistake", FAIR_DIFFERENCE)
-def test_fair_difference_names_the_mistake(mistake: str) -> None:
-    answer, step, words = FAIR_DIFFERENCE[mistake]
-    assert_found(checks.fair_difference(answer), step, words)
+test_fair_difference_names_the_mistake = each_is_found(checks.fair_difference, FAIR_DIFFERENCE)
 
 
 def test_a_difference_waits_for_the_choice(from_solution: Callable, from_stub: Callable) -> None:
@@ -348,11 +322,4 @@ def test_a_difference_waits_for_the_choice(from_solution: Callable, from_stub: C
 
 
 def test_checks_leave_the_random_state_alone() -> None:
-    torch.manual_seed(5)
-    random.seed(5)
-    expected = torch.rand(3), random.random()
-    torch.manual_seed(5)
-    random.seed(5)
-    assert checks.same_training(lambda a, eta, k: (a / k**0.5, eta / k**0.5)).status == "passed"
-    assert torch.equal(torch.rand(3), expected[0])
-    assert random.random() == expected[1]
+    assert_random_state_kept(checks.same_training, lambda a, eta, k: (a / k**0.5, eta / k**0.5))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from found import assert_found
+from found import by_class, each_is_found
 from lora_edu.course import checks
 
 pytestmark = pytest.mark.graders
@@ -40,12 +40,7 @@ LABELS = {
     ),
     "flattened": (lambda i, m: i.masked_fill(m == 0, -100).flatten(), "padding is left out", "your labels are ("),
 }
-
-
-@pytest.mark.parametrize("mistake", LABELS)
-def test_labels_name_the_mistake(mistake: str) -> None:
-    answer, step, symptom = LABELS[mistake]
-    assert_found(checks.labels_without_padding(answer), step, symptom)
+test_labels_name_the_mistake = each_is_found(checks.labels_without_padding, LABELS)
 
 
 def linear(model: nn.Module, keep: Callable[[str], bool]) -> list[str]:
@@ -76,12 +71,7 @@ BLOCKS = {
         lambda m, i: [n.split(".")[-1] for n in linear(m, lambda n: f"layers.{i}." in n)], "fewer", "is no module",
     ),
 }  # fmt: skip
-
-
-@pytest.mark.parametrize("mistake", BLOCKS)
-def test_blocks_name_the_mistake(mistake: str) -> None:
-    answer, step, symptom = BLOCKS[mistake]
-    assert_found(checks.linear_layers_of_block(answer), step, symptom)
+test_blocks_name_the_mistake = each_is_found(checks.linear_layers_of_block, BLOCKS)
 
 
 class Right(nn.Module):
@@ -182,11 +172,7 @@ MERGING = {
     HiddenElsewhere: ("the merged weight", "is not W + s·BA"),
     FlagNotReset: ("unmerge brings", "adds 0.0 × the update"),
 }
-
-
-@pytest.mark.parametrize("mistake", MERGING, ids=lambda cls: cls.__name__)
-def test_merging_names_the_mistake(mistake: type[Right]) -> None:
-    assert_found(checks.merging_layer(mistake), *MERGING[mistake])
+test_merging_names_the_mistake = each_is_found(checks.merging_layer, by_class(MERGING))
 
 
 def doctor(*, skip: str = "", zero_is_missing: bool = False, step: bool = False, leave: bool = False) -> Callable:
@@ -230,12 +216,7 @@ TRIAGE = {
     "leaves gradients": (doctor(leave=True), "as it was", "gradients are left behind"),
     "no return": (lambda m, b: None, "a healthy run", "your verdict is None"),
 }
-
-
-@pytest.mark.parametrize("mistake", TRIAGE)
-def test_triage_names_the_mistake(mistake: str) -> None:
-    answer, step, symptom = TRIAGE[mistake]
-    assert_found(checks.triage(answer), step, symptom)
+test_triage_names_the_mistake = each_is_found(checks.triage, TRIAGE)
 
 
 Entries = list[dict[str, str]]
@@ -282,9 +263,4 @@ SPLITS = {
     "the seed ignored": (lambda e, s, r: by_word(e, s, 0), "the seed", "the same split"),
     "seeds everybody": (seeds_everybody, "random numbers", "reseeds"),
 }  # fmt: skip
-
-
-@pytest.mark.parametrize("mistake", SPLITS)
-def test_split_names_the_mistake(mistake: str) -> None:
-    answer, step, symptom = SPLITS[mistake]
-    assert_found(checks.honest_split(answer), step, symptom)
+test_split_names_the_mistake = each_is_found(checks.honest_split, SPLITS)

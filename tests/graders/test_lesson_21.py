@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 from torch import Tensor
 
-from found import assert_found
+from found import assert_found, each_is_found
 from lora_edu.course import checks
 
 pytestmark = pytest.mark.graders
@@ -21,12 +21,7 @@ BOUND = {
     "a rate": (lambda o, b, c, w: min(c / o, w / b), "arithmetic bounds", "how often it could run"),
     "nothing returned": (lambda o, b, c, w: None, "arithmetic bounds", "expected a number"),
 }
-
-
-@pytest.mark.parametrize("mistake", BOUND)
-def test_bound_seconds_names_the_mistake(mistake: str) -> None:
-    answer, step, symptom = BOUND[mistake]
-    assert_found(checks.bound_seconds(answer), step, symptom)
+test_bound_seconds_names_the_mistake = each_is_found(checks.bound_seconds, BOUND)
 
 
 def ratio(operations: float = 2, x: float = 1, w: float = 1, y: float = 1, wide: bool = True) -> Callable[..., float]:
@@ -48,12 +43,7 @@ INTENSITY = {
     "result read as well": (ratio(y=2), "written once"),
     "upside down": (lambda *sizes: 1 / ratio()(*sizes), "bytes per operation"),
 }
-
-
-@pytest.mark.parametrize("mistake", INTENSITY)
-def test_intensity_names_the_mistake(mistake: str) -> None:
-    answer, symptom = INTENSITY[mistake]
-    assert_found(checks.intensity(answer), "wide product", symptom)
+test_intensity_names_the_mistake = each_is_found(checks.intensity, INTENSITY, step="wide product")
 
 
 def test_four_bytes_for_every_number() -> None:
@@ -104,12 +94,7 @@ BYTES = {
         "instead of",
     ),
 }
-
-
-@pytest.mark.parametrize("mistake", BYTES)
-def test_bytes_sent_names_the_mistake(mistake: str) -> None:
-    answer, step, symptom = BYTES[mistake]
-    assert_found(checks.bytes_sent(answer), step, symptom)
+test_bytes_sent_names_the_mistake = each_is_found(checks.bytes_sent, BYTES)
 
 
 def predicted(operations: float = 1, traffic: float = 1, whole: bool = False) -> Callable[..., float]:
@@ -139,12 +124,7 @@ RATIO = {
     "share saved": (lambda *work: 1 - predicted()(*work), "the share of the time that is saved"),
     "a list": (lambda *work: [predicted()(*work)], "expected a number"),
 }
-
-
-@pytest.mark.parametrize("mistake", RATIO)
-def test_expected_ratio_names_the_mistake(mistake: str) -> None:
-    answer, symptom = RATIO[mistake]
-    assert_found(checks.expected_ratio(answer), "fewer bytes", symptom)
+test_expected_ratio_names_the_mistake = each_is_found(checks.expected_ratio, RATIO, step="fewer bytes")
 
 
 def backward(
@@ -221,9 +201,4 @@ BACKWARD = {
     "two parts and a sum": (two_parts, "too many", "tensors of x's size"),
     "two gradients": (lambda *t: backward()(*t)[1:], "gradient of A", "expected three gradients"),
 }
-
-
-@pytest.mark.parametrize("mistake", BACKWARD)
-def test_fused_backward_names_the_mistake(mistake: str) -> None:
-    answer, step, symptom = BACKWARD[mistake]
-    assert_found(checks.fused_backward(answer), step, symptom)
+test_fused_backward_names_the_mistake = each_is_found(checks.fused_backward, BACKWARD)

@@ -1,30 +1,24 @@
 """Checks of lesson 00: a softmax that does not overflow (A1) and the masked cross-entropy (B1)."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lora_edu.course.checks import tools
 from lora_edu.course.checks.report import Report, Wrong, run_steps
+from lora_edu.course.checks.tools import between, normal
+from lora_edu.lab.datasets import IGNORED
 
-IGNORED = -100
+close = partial(tools.close, rtol=1e-6)  # an answer in float32 is right, too
 
 
 def draw(*shape: int) -> Tensor:
-    """Random logits in float64, spread enough that no two formulas agree by accident."""
-    return 2 * torch.randn(*shape, dtype=torch.float64)
-
-
-def whole(low: int, high: int) -> int:
-    """A random whole number, both ends included."""
-    return int(torch.randint(low, high + 1, ()))
-
-
-def close(a: Tensor, b: Tensor) -> bool:
-    """Equal to rounding; NaN equals nothing."""
-    return a.shape == b.shape and torch.allclose(a, b.to(a.dtype), rtol=1e-6, atol=1e-9)
+    """Random logits, spread enough that no two formulas agree by accident."""
+    return 2 * normal(*shape)
 
 
 def mean_of_losses(logits: Tensor, labels: Tensor) -> Tensor:
@@ -53,14 +47,14 @@ def softmax_by_hand(candidate: Callable[..., Any], hint: int = 1) -> Report:
     """Exercise A1 of lesson 00: ``candidate(logits)`` is the softmax of each row, for logits of any size."""
 
     def shape() -> None:
-        logits = draw(whole(2, 4), whole(5, 8))
+        logits = draw(between(2, 4), between(5, 8))
         p = need_tensor(candidate(logits), tuple(logits.shape), "your result")
         if (p < 0).any():
             question = "What makes every logit positive before you divide?"
             raise Wrong("some of your probabilities are negative", question, "Divide exponentials: torch.exp(logits).")
 
     def rows() -> None:
-        logits = draw(whole(2, 4), whole(5, 8))
+        logits = draw(between(2, 4), between(5, 8))
         p = candidate(logits)
         if close(p.sum(dim=-1), torch.ones(len(p))):
             return
@@ -73,7 +67,7 @@ def softmax_by_hand(candidate: Callable[..., Any], hint: int = 1) -> Report:
         raise Wrong(where, "Which dimension are the classes?", "Sum over the last one: .sum(dim=-1, keepdim=True).")
 
     def square() -> None:
-        n = whole(4, 6)
+        n = between(4, 6)
         logits = draw(n, n)
         p = candidate(logits)
         if not close(p, torch.softmax(logits, dim=-1)) and close(p, torch.exp(logits) / torch.exp(logits).sum(dim=-1)):
@@ -130,7 +124,7 @@ def masked_cross_entropy(candidate: Callable[..., Any], hint: int = 1) -> Report
 
     def batch(masked: bool = True) -> tuple[Tensor, Tensor]:
         """Logits (3, length, vocabulary) and labels; the rows keep different numbers of labels."""
-        length, vocabulary = whole(8, 12), whole(15, 30)
+        length, vocabulary = between(8, 12), between(15, 30)
         logits, labels = draw(3, length, vocabulary), torch.randint(vocabulary, (3, length))
         if masked:
             for row, given in enumerate((1, length // 2, length - 1)):

@@ -1,21 +1,68 @@
-"""The checks of lesson 03: forward pass, gradients by hand, a tolerated rate; and what its other checks share."""
+"""The checks of lesson 03: the forward pass (A1), three published layers mended (A2 to A4), the layer (B1), its
+gradients by hand (B2), a tolerated rate (C1)."""
 
+import copy
+import importlib.util
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+from lora_edu.core.layer import LoRALinear
 from lora_edu.course.checks.report import Report, Step, Wrong, run_steps
+from lora_edu.course.checks.tools import (
+    close,
+    dtype_name,
+    known_slip,
+    need_scale,
+    normal,
+    off_by,
+    peft_linear,
+    randomise,
+    scale_slips,
+    trainable,
+    with_note,
+)
+
+
+def sizes() -> tuple[int, int, int, float]:
+    """in, out, r and alpha at which wrong answers differ: in ≠ out, and no two of the usual slips give one scale."""
+    inputs, outputs = random.sample(range(7, 15), 2)
+    return inputs, outputs, random.randint(2, 4), random.choice([5, 7, 10])
+
+
+def need_gradient(name: str, ours: Tensor, right: Tensor, t: Mapping[str, Tensor], fix: str) -> None:
+    """Raise ``Wrong`` unless the gradient of A, B or x is right; ``t`` holds g, W, A, B and the scale s."""
+    if close(ours, right):
+        return
+    if ours.shape == right.shape:
+        slips = [*scale_slips(right, t["s"].item())]
+        slips += [(-right, "the sign is turned; the step goes against the gradient, the gradient itself does not")]
+        if name == "x":
+            frozen = t["g"] @ t["W"]
+            slips = [
+                (frozen, "this is the frozen path's alone, the adapter's term is missing"),
+                (right - frozen, "this is the adapter's term alone, the frozen path's is missing"),
+                (t["g"] @ (t["W"] + t["B"] @ t["A"]), "the adapter's term lacks the scale s"),
+                *slips,
+            ]
+        symptom = with_note(f"is off by {off_by(ours, right):.0%}", known_slip(ours, slips, close))
+    else:
+        symptom = f"does not fit: its shape is {tuple(ours.shape)} instead of {tuple(right.shape)}"
+    question = f"Which terms of y = x Wᵀ + s (x Aᵀ) Bᵀ contain {name}?"
+    raise Wrong(f"your gradient of {name} {symptom}", question, fix)
 
 
 def lora_forward(candidate: Callable[..., Tensor], hint: int = 1) -> Report:
     """Exercise A1: ``candidate(x, W, A, B, lora_alpha, r)`` is x Wᵀ + s · (x Aᵀ) Bᵀ with s = lora_alpha / r."""
 
     def compare(*leading: int) -> None:
-        inputs, outputs, r, alpha = _sizes()
-        x, W, A, B = (_normal(*shape) for shape in ((*leading, inputs), (outputs, inputs), (r, inputs), (outputs, r)))
+        inputs, outputs, r, alpha = sizes()
+        x, W, A, B = (normal(*shape) for shape in ((*leading, inputs), (outputs, inputs), (r, inputs), (outputs, r)))
         y = candidate(x, W, A, B, alpha, r)
         if y.shape != (*leading, outputs):
             raise Wrong(
@@ -24,7 +71,7 @@ def lora_forward(candidate: Callable[..., Tensor], hint: int = 1) -> Report:
                 "x @ A.T has r columns, and (x @ A.T) @ B.T has one for each output.",
             )
         base, update = x @ W.T, x @ A.T @ B.T
-        _same_scale(y - base, update, alpha, r)
+        need_scale(y - base, update, alpha, r)
 
     steps: list[Step] = [
         ("a batch of inputs", lambda: compare(5)),
@@ -34,13 +81,391 @@ def lora_forward(candidate: Callable[..., Tensor], hint: int = 1) -> Report:
     return run_steps("forward pass", steps, hint)
 
 
+def mended_tutorial(candidate: Callable[..., Any], hint: int = 1) -> Report:
+    """Exercise A2: the tutorial's ``candidate(in_dim, out_dim, rank, alpha, dropout)``, which could not be built."""
+
+    def build() -> tuple[Any, int, float]:
+        inputs, outputs, r, alpha = sizes()
+        return candidate(inputs, outputs, r, alpha, 0.0).double(), r, alpha
+
+    def constructed() -> None:
+        inputs, outputs, r, alpha = sizes()
+        try:
+            layer = candidate(inputs, outputs, r, alpha, 0.0)
+        except AttributeError as error:
+            raise Wrong(
+                f"your class cannot be built: {error}",
+                "nn.Module must be ready before anything can be assigned to it. Which call makes it so?",
+                "super().__init__() is the first line of __init__.",
+            ) from None
+        names = {name for name, _ in layer.named_parameters()}
+        if missing := sorted({"linear.weight", "lora_a.weight", "lora_b.weight"} - names):
+            raise Wrong(
+                f"{missing[0]} is no parameter of your layer", "Are the names the tutorial's?", "Keep its names."
+            )
+
+    def starts() -> None:
+        layer, _, _ = build()
+        x = normal(4, layer.linear.weight.shape[1])
+        if not close(layer(x), layer.linear(x)):
+            raise Wrong(
+                f"the fresh layer is {off_by(layer(x), layer.linear(x)):.0%} away from its linear layer",
+                "Which values does nn.Linear give lora_b?",
+                "nn.init.zeros_(self.lora_b.weight)",
+            )
+
+    def alive() -> None:
+        layer, _, _ = build()
+        if not layer.lora_a.weight.any():
+            raise Wrong(
+                "lora_a and lora_b are both zero: this layer can never learn",
+                "Which of the two must be zero for the product to be zero?",
+                "Leave lora_a as nn.Linear starts it.",
+            )
+
+    def frozen() -> None:
+        layer, _, _ = build()
+        trains = sorted(trainable(layer))
+        if trains != ["lora_a.weight", "lora_b.weight"]:
+            raise Wrong(f"these train: {', '.join(trains)}", "Which should?", "lora_a.weight and lora_b.weight only.")
+
+    def scale() -> None:
+        layer, r, alpha = build()
+        nn.init.normal_(layer.lora_b.weight)
+        x = normal(4, layer.linear.weight.shape[1])
+        need_scale(layer(x) - layer.linear(x), x @ layer.lora_a.weight.T @ layer.lora_b.weight.T, alpha, r)
+
+    steps: list[Step] = [
+        ("can be built", constructed),
+        ("starts at its linear layer", starts),
+        ("can learn", alive),
+        ("only lora_a and lora_b train", frozen),
+        ("the update is still scaled by alpha / rank", scale),
+    ]
+    return run_steps("mended tutorial", steps, hint)
+
+
+def mended_shapes(candidate: Callable[[nn.Module, int], dict[str, Any]], hint: int = 1) -> Report:
+    """Exercise A3: ``candidate(model, rank)`` gives {name: branch} for every linear layer, also those not square."""
+
+    def model(*shapes: tuple[int, int]) -> nn.Module:
+        layers: dict[str, nn.Module] = {f"layer_{i}": nn.Linear(*shape) for i, shape in enumerate(shapes)}
+        return nn.Sequential(nn.ModuleDict(layers | {"norm": nn.LayerNorm(6), "table": nn.Embedding(5, 5)}))
+
+    def compare(*shapes: tuple[int, int]) -> None:
+        adapted, rank = model(*shapes), random.randint(2, 4)
+        branches = candidate(adapted, rank)
+        linear = {name: module for name, module in adapted.named_modules() if isinstance(module, nn.Linear)}
+        if left_out := [name for name in linear if name not in branches]:
+            layer = linear[left_out[0]]
+            raise Wrong(
+                f"the layer {layer.in_features} → {layer.out_features} gets no branch",
+                "Which condition leaves it out, and which mistake did that condition hide?",
+                "Ask for isinstance(module, nn.Linear) only.",
+            )
+        if extra := [name for name in branches if name not in linear]:
+            raise Wrong(f"{extra[0]!r} is no linear layer and gets a branch", "What is adapted?", "Linear layers only.")
+        for name, layer in linear.items():
+            a, b = branches[name].A.weight, branches[name].B.weight
+            if a.shape != (rank, layer.in_features) or b.shape != (layer.out_features, rank):
+                raise Wrong(
+                    f"a layer {layer.in_features} → {layer.out_features} gets a branch {a.shape[1]} → {b.shape[0]} "
+                    f"of rank {a.shape[0]}",
+                    "In which order does weight.shape hold the two sides?",
+                    "Branch(module.in_features, module.out_features, rank); weight.shape is (out, in).",
+                )
+
+    steps: list[Step] = [
+        ("square layers", lambda: compare((8, 8), (6, 6))),
+        ("layers that widen", lambda: compare((6, 11), (8, 8))),
+        ("layers that narrow", lambda: compare((13, 5), (7, 12))),
+    ]
+    return run_steps("mended shapes", steps, hint)
+
+
+def mended_note(candidate: Callable[[nn.Linear, int, float], Any], hint: int = 1) -> Report:
+    """Exercise A4: the note's ``candidate(linear, rank, alpha)``, around a given layer that is frozen as a whole."""
+
+    def build() -> tuple[Any, nn.Linear, int, float]:
+        inputs, outputs, r, alpha = sizes()
+        linear = nn.Linear(inputs, outputs).double()
+        layer = candidate(copy.deepcopy(linear), r, alpha)
+        for name, parameter in layer.named_parameters():
+            if parameter.dtype != linear.weight.dtype:
+                raise Wrong(
+                    f"the layer it was given is in {linear.weight.dtype}, and your {name} in {parameter.dtype}",
+                    "Which type has torch.randn(r, n), if nobody says?",
+                    "Give A and B the given layer's type: torch.randn(r, n, dtype=linear.weight.dtype).",
+                )
+        return layer, linear, r, alpha
+
+    def pretrained() -> None:
+        layer, linear, _, _ = build()
+        x = normal(4, linear.in_features)
+        if not close(layer(x), linear(x)):
+            raise Wrong(
+                f"the fresh layer is {off_by(layer(x), linear(x)):.0%} away from the layer it was given",
+                "Where do the values of your frozen weight and bias come from?",
+                "Keep the given layer, and call it in forward.",
+            )
+
+    def frozen() -> None:
+        layer, _, _, _ = build()
+        trains = sorted(trainable(layer))
+        if trains != ["lora_A", "lora_B"]:
+            raise Wrong(
+                f"these train: {', '.join(trains) or 'none'}",
+                "An nn.Linear has two parameters. Did you freeze both?",
+                "linear.requires_grad_(False), and lora_A and lora_B as nn.Parameter.",
+            )
+
+    def size() -> None:
+        inputs = random.choice([600, 900])
+        a: Tensor = candidate(nn.Linear(inputs, 5), 64, 8).lora_A.detach()
+        if not a.any():
+            raise Wrong(
+                "lora_A is zero, and so is lora_B: a dead layer", "Which start did the lesson keep?", "A random."
+            )
+        right, got = 1 / math.sqrt(3 * inputs), a.std().item()
+        if not 0.8 < got / right < 1.25:
+            raise Wrong(
+                f"for {inputs} inputs the entries of your lora_A have the standard deviation {got:.3g}: "
+                f"{got / right:.2g} × that of the lesson's start",
+                "How large is A x if each entry of A has the standard deviation 1 and x has many entries?",
+                "nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5)) on a tensor of shape (rank, in).",
+            )
+
+    def scale() -> None:
+        layer, linear, r, alpha = build()
+        a, b = randomise(layer)
+        x = normal(4, linear.in_features)
+        need_scale(layer(x) - linear(x), x @ a.T @ b.T, alpha, r)
+
+    steps: list[Step] = [
+        ("starts at the layer it was given", pretrained),
+        ("weight and bias frozen", frozen),
+        ("lora_A starts at the lesson's size", size),
+        ("the update is still scaled by alpha / rank", scale),
+    ]
+    return run_steps("mended note", steps, hint)
+
+
+def lora_layer(candidate: Callable[..., Any], hint: int = 1) -> Report:
+    """Exercise B1: a class ``candidate(base, r, lora_alpha, lora_dropout)`` with ``lora_A`` and ``lora_B``."""
+
+    def build(dropout: float = 0.0, dtype: torch.dtype = torch.float64) -> tuple[Any, nn.Linear, int, float]:
+        inputs, outputs, r, alpha = sizes()
+        base = nn.Linear(inputs, outputs, dtype=dtype)
+        return candidate(copy.deepcopy(base), r=r, lora_alpha=alpha, lora_dropout=dropout), base, r, alpha
+
+    def shapes() -> None:
+        layer, base, r, _ = build()
+        for name, right in (("lora_A", (r, base.in_features)), ("lora_B", (base.out_features, r))):
+            tensor = getattr(layer, name, None)
+            if not isinstance(tensor, nn.Parameter):
+                raise Wrong(
+                    f"your layer has no parameter {name}",
+                    "What makes a tensor show up in layer.parameters()?",
+                    f"self.{name} = nn.Parameter(...)",
+                )
+            if tensor.shape != right:
+                raise Wrong(
+                    f"for a layer {base.in_features} → {base.out_features} with r={r} your {name} is "
+                    f"{tuple(tensor.shape)} instead of {right}",
+                    "A takes the inputs to r numbers, B takes these to the outputs. How does PyTorch store such maps?",
+                    "lora_A is (r, in), lora_B is (out, r), and base.weight.shape is (out, in).",
+                )
+            if tensor.dtype != base.weight.dtype:
+                raise Wrong(
+                    f"the base is {dtype_name(base.weight)}, your {name} is {dtype_name(tensor)}",
+                    "Which dtype has a tensor that you create without saying so?",
+                    "Create it with base.weight.new_zeros(...), which takes over dtype and device.",
+                )
+
+    def starts() -> None:
+        layer, base, _, _ = build()
+        x = normal(3, base.in_features)
+        off = layer(x) - base(x)
+        if close(off, torch.zeros_like(off)):
+            return
+        if close(off, -base.bias.expand_as(off)):
+            raise Wrong(
+                "your output lacks the base's bias",
+                "What does base(x) add that x @ W.T does not?",
+                "Call self.base(x).",
+            )
+        if layer.lora_B.any():
+            raise Wrong(
+                f"before any training the output is {off_by(layer(x), base(x)):.0%} away from the base's",
+                "Which values must B have for BA to be zero?",
+                "Leave lora_B at zero.",
+            )
+        raise Wrong(
+            f"with B = 0 the output is still {off_by(layer(x), base(x)):.0%} away from the base's",
+            "What is left of the forward pass when the update is zero?",
+            "Return self.base(x) plus the update, and leave the base's weight as it is.",
+        )
+
+    def alive() -> None:
+        layer, _, r, _ = build()
+        if not layer.lora_A.any():
+            raise Wrong(
+                "lora_A starts at zero as well: this layer can never learn",
+                "∂L/∂A contains B, ∂L/∂B contains A. What are they when both are zero?",
+                "nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))",
+            )
+        if (rank := int(torch.linalg.matrix_rank(layer.lora_A.detach()))) < r:
+            raise Wrong(
+                f"with r={r} your lora_A has rank {rank}: its rows are not independent",
+                "What do rows that start alike get as their gradients?",
+                "nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))",
+            )
+
+    def frozen() -> None:
+        layer, _, _, _ = build()
+        trains = trainable(layer)
+        for name in ("lora_A", "lora_B"):
+            if name not in trains:
+                raise Wrong(f"{name} does not train", "Who set its requires_grad?", "Freeze the base only.")
+        if extra := sorted({*trains} - {"lora_A", "lora_B"}):
+            raise Wrong(
+                f"besides lora_A and lora_B these train: {', '.join(extra)}",
+                "Which parameters has an nn.Linear?",
+                "base.requires_grad_(False) freezes the weight and the bias.",
+            )
+
+    def scale() -> None:
+        for leading in ((4,), (), (2, 3)):
+            layer, base, r, alpha = build()
+            x, a, b = normal(*leading, base.in_features), *randomise(layer)
+            need_scale(layer(x) - base(x), x @ a.T @ b.T, alpha, r)
+
+    def precision() -> None:
+        for dtype in (torch.float64, torch.bfloat16):
+            layer, base, _, _ = build(dtype=dtype)
+            got = layer(normal(3, base.in_features).to(dtype))
+            if got.dtype != dtype:
+                raise Wrong(
+                    f"a {dtype_name(base.weight)} layer returns {dtype_name(got)}",
+                    "Where in your forward does the dtype change?",
+                    "Return the sum in the dtype of self.base(x).",
+                )
+
+    def gradients() -> None:
+        layer, base, r, alpha = build()
+        a, b = randomise(layer)
+        x, g = normal(2, 3, base.in_features).requires_grad_(), normal(2, 3, base.out_features)
+        y = layer(x)
+        got = torch.autograd.grad(y, (layer.lora_A, layer.lora_B, x), g, allow_unused=True)
+        s, W, G = alpha / r, base.weight.detach(), g.flatten(0, 1).T @ x.detach().flatten(0, 1)
+        t = {"g": g, "x": x, "W": W, "A": a, "B": b, "s": torch.tensor(s, dtype=torch.float64)}
+        fix = "Let autograd see every step: no .data, .detach() or torch.no_grad() in forward."
+        for name, ours, right in zip("ABx", got, (s * b.T @ G, s * G @ a.T, g @ (W + s * b @ a)), strict=True):
+            if ours is None:
+                raise Wrong(f"no gradient reaches {name}", "Where does your forward leave autograd's graph?", fix)
+            need_gradient(name, ours, right, t, fix)
+
+    def evaluation() -> None:
+        layer, base, r, alpha = build(dropout=0.5)
+        a, b = randomise(layer)
+        x = normal(6, base.in_features)
+        layer.eval()
+        if not close(layer(x), base(x) + alpha / r * x @ a.T @ b.T):
+            raise Wrong(
+                "after layer.eval() something is still dropped",
+                "Who tells F.dropout whether the layer is training?",
+                "Use an nn.Dropout module, or F.dropout(x, p, training=self.training).",
+            )
+
+    def placement() -> None:
+        layer, base, r, alpha = build(dropout=0.5)
+        layer.train()
+        b = layer.lora_B.detach().clone()
+        x = torch.eye(base.in_features).double().repeat(40, 1)  # one entry of x at a time is dropped or kept
+        if not close(layer(x), base(x)):
+            raise Wrong(
+                "in training a fresh layer with dropout is not the base: the frozen path is dropped, too",
+                "Which of the two paths should dropout disturb?",
+                "return self.base(x) + scaling * (dropout(x) @ A.T @ B.T)",
+            )
+        a, b = randomise(layer)
+        whole = alpha / r * x @ a.T @ b.T
+        update = layer(x) - base(x)
+        if close(update, whole):
+            raise Wrong(
+                "with lora_dropout=0.5 nothing is dropped", "Is the layer in training mode here?", "Drop x before A."
+            )
+        row = (update * whole).sum(1) / (whole * whole).sum(1)  # 0 or 1 / (1 - p) if whole entries of x were dropped
+        if close(update, row[:, None] * whole) and all(min(abs(f), abs(f - 2)) < 1e-9 for f in row.tolist()):
+            return
+        if close(update, row[:, None] * whole) and all(min(abs(f), abs(f - 1)) < 1e-9 for f in row.tolist()):
+            symptom = "what is kept is not divided by 1 − p, so that the mean of the update shrinks"
+        elif close(update * (update - 2 * whole), torch.zeros_like(update)):
+            symptom = "entries of the update are dropped, after B"
+        else:
+            symptom = "dropout does not act on x: it comes after A"
+        raise Wrong(
+            symptom,
+            "Give it an x with one non-zero entry: which updates are possible if x is dropped, and which do you see?",
+            "return self.base(x) + scaling * (self.dropout(x) @ A.T @ B.T) with nn.Dropout",
+        )
+
+    def oracle(reference: Callable[..., tuple[nn.Module, Tensor, Tensor]], name: str) -> Callable[[], None]:
+        def step() -> None:
+            layer, base, r, alpha = build()
+            a, b = randomise(layer)
+            other, other_a, other_b = reference(copy.deepcopy(base), r, alpha)
+            other_a.data.copy_(a), other_b.data.copy_(b)
+            x, target = normal(7, base.in_features), normal(7, base.out_features)
+            for module, factors in ((layer, (layer.lora_A, layer.lora_B)), (other, (other_a, other_b))):
+                optimizer = torch.optim.Adam(factors, lr=1e-2)
+                for _ in range(5):
+                    optimizer.zero_grad()
+                    F.mse_loss(module(x), target).backward()
+                    optimizer.step()
+            if not close(layer(x), other(x)):
+                raise Wrong(
+                    f"after five steps from equal values your output differs from {name}'s",
+                    "Does your layer keep anything from one call to the next?",
+                    "Compute the update from lora_A and lora_B in every forward.",
+                )
+
+        return step
+
+    steps: list[Step] = [
+        ("lora_A is (r, in), lora_B is (out, r), in the base's precision", shapes),
+        ("starts at the base model", starts),
+        ("can learn: lora_A does not start at zero", alive),
+        ("base weight and bias frozen, A and B trainable", frozen),
+        ("the update is scaled by lora_alpha / r", scale),
+        ("keeps the precision of the base", precision),
+        ("gradients of A, B and x", gradients),
+        ("no dropout in eval", evaluation),
+        ("dropout on x, before A", placement),
+        ("equal to lora_edu's layer after five steps", oracle(library_layer, "lora_edu")),
+    ]
+    if importlib.util.find_spec("peft"):
+        steps.append(("equal to PEFT after five steps", oracle(peft_layer, "PEFT")))
+    return run_steps("LoRA layer", steps, hint)
+
+
+def library_layer(base: nn.Linear, r: int, alpha: float) -> tuple[nn.Module, Tensor, Tensor]:
+    layer = LoRALinear(base, r=r, lora_alpha=alpha)
+    return layer, layer.lora_A, layer.lora_B
+
+
+def peft_layer(base: nn.Linear, r: int, alpha: float) -> tuple[nn.Module, Tensor, Tensor]:
+    model, layer = peft_linear(base, r=r, lora_alpha=int(alpha))
+    return model, layer.lora_A["default"].weight, layer.lora_B["default"].weight
+
+
 def lora_gradients(candidate: Callable[..., Sequence[Tensor]], hint: int = 1) -> Report:
     """Exercise B2: ``candidate(g, x, W, A, B, s)`` is (∂L/∂A, ∂L/∂B, ∂L/∂x) for g = ∂L/∂y, without autograd."""
 
     def gradients(*leading: int) -> tuple[Sequence[Tensor], Sequence[Tensor], dict[str, Tensor]]:
-        inputs, outputs, r, alpha = _sizes()
+        inputs, outputs, r, alpha = sizes()
         shapes = {"x": (*leading, inputs), "W": (outputs, inputs), "A": (r, inputs), "B": (outputs, r)}
-        t = {name: _normal(*shape) for name, shape in shapes.items()} | {"g": _normal(*leading, outputs)}
+        t = {name: normal(*shape) for name, shape in shapes.items()} | {"g": normal(*leading, outputs)}
         a, b, x = (t[name].clone().requires_grad_() for name in "ABx")
         y = x @ t["W"].T + alpha / r * (x @ a.T @ b.T)
         right = torch.autograd.grad(y, (a, b, x), t["g"])
@@ -68,7 +493,7 @@ def lora_gradients(candidate: Callable[..., Sequence[Tensor]], hint: int = 1) ->
 
         def step() -> None:
             got, right, t = gradients(5)
-            _same_gradient(name, got[index], right[index], t, fix)
+            need_gradient(name, got[index], right[index], t, fix)
 
         return step
 
@@ -76,7 +501,7 @@ def lora_gradients(candidate: Callable[..., Sequence[Tensor]], hint: int = 1) ->
         for leading in ((2, 3), ()):
             got, right, t = gradients(*leading)
             for name, ours, other in zip("ABx", got, right, strict=True):
-                _same_gradient(name, ours, other, t, "Flatten first: g.reshape(-1, out) and x.reshape(-1, in).")
+                need_gradient(name, ours, other, t, "Flatten first: g.reshape(-1, out) and x.reshape(-1, in).")
 
     steps = [
         ("each gradient has the shape of what it belongs to", shapes),
@@ -86,33 +511,6 @@ def lora_gradients(candidate: Callable[..., Sequence[Tensor]], hint: int = 1) ->
         ("also for sequences and for a single input", sequences),
     ]
     return run_steps("gradients by hand", steps, hint)
-
-
-def _same_gradient(name: str, ours: Tensor, right: Tensor, t: Mapping[str, Tensor], fix: str) -> None:
-    if ours.shape == right.shape and _close(ours, right):
-        return
-    note, s = "", t["s"].item()
-    if ours.shape != right.shape:
-        note = f": its shape is {tuple(ours.shape)} instead of {tuple(right.shape)}"
-    elif name == "x" and _close(ours, t["g"] @ t["W"]):
-        note = ": this is the frozen path's alone, the adapter's term is missing"
-    elif name == "x" and _close(ours, right - t["g"] @ t["W"]):
-        note = ": this is the adapter's term alone, the frozen path's is missing"
-    elif name == "x" and _close(ours, t["g"] @ (t["W"] + t["B"] @ t["A"])):
-        note = ": the adapter's term lacks the scale s"
-    elif _close(ours * s, right):
-        note = ": the scale s is missing"
-    elif _close(ours, right * s):
-        note = ": the scale s is in it twice"
-    elif _close(ours, -right):
-        note = ": the sign is turned; the step goes against the gradient, the gradient itself does not"
-    raise Wrong(
-        f"your gradient of {name} is off by {((ours - right).norm() / right.norm()).item():.0%}{note}"
-        if ours.shape == right.shape
-        else f"your gradient of {name} does not fit{note}",
-        f"Which terms of y = x Wᵀ + s (x Aᵀ) Bᵀ contain {name}?",
-        fix,
-    )
 
 
 def tolerated_rate(
@@ -171,48 +569,3 @@ def tolerated_rate(
         ("None if no rate is tolerated", none),
     ]
     return run_steps("tolerated rate", steps, hint)
-
-
-def _sizes() -> tuple[int, int, int, float]:
-    """in, out, r and alpha at which wrong answers differ: in ≠ out, and no two of the usual slips give one scale."""
-    inputs, outputs = random.sample(range(7, 15), 2)
-    return inputs, outputs, random.randint(2, 4), random.choice([5, 7, 10])
-
-
-def _normal(*shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64)
-
-
-def _close(one: Tensor, other: Tensor) -> bool:
-    return torch.allclose(one, other, rtol=1e-9, atol=1e-9)
-
-
-def _same_scale(got: Tensor, update: Tensor, alpha: float, r: int) -> None:
-    """Raise unless ``got`` is lora_alpha / r times ``update``."""
-    factor = ((got * update).sum() / (update * update).sum()).item()
-    where = f"with r={r} and lora_alpha={alpha}"
-    if not _close(got, factor * update):
-        raise Wrong(
-            f"{where} what you add to x Wᵀ + b is no multiple of x Aᵀ Bᵀ",
-            "Print the shapes from left to right. Is the frozen path there once, and is the order A, then B?",
-            "y = x @ W.T + (lora_alpha / r) * (x @ A.T @ B.T), plus the bias if there is one.",
-        )
-    right = alpha / r
-    if abs(factor - right) <= 1e-9:
-        return
-    slips = {
-        1.0: "it is not scaled at all",
-        alpha: "lora_alpha is there, r is not",
-        1 / r: "r is there, lora_alpha is not",
-        r / alpha: "the fraction stands upside down",
-        alpha / math.sqrt(r): "you divide by √r: that is rsLoRA",
-        alpha * r: "you multiply by r",
-        right**2: "the scale is applied twice",
-        0.0: "it is zero",
-    }
-    note = next((text for slip, text in slips.items() if abs(factor - slip) < 1e-9), "no known slip")
-    raise Wrong(
-        f"{where} your update is {factor / right:.3g} × what it should be: {note}",
-        "Which number stands between lora_alpha and the update?",
-        "The scale is s = lora_alpha / r.",
-    )

@@ -1,15 +1,100 @@
-"""Check of lesson 04: injection by hand (B1). A1 and C1 are in ``lesson_04_short``, B2 is in ``lesson_04_files``."""
+"""The checks of lesson 04: names (A1), injection by hand (B1), saving and loading (B2), a verdict over seeds (C1)."""
 
 import copy
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lora_edu.core.config import LoraConfig
+from lora_edu.core.inject import count_parameters, inject
 from lora_edu.core.layer import LoRALinear
+from lora_edu.core.peft_io import PREFIX, WEIGHTS_FILE, save_adapter
 from lora_edu.course.checks.report import Report, Wrong, run_steps
+from lora_edu.course.checks.tools import changed, close, randomise, small_llama, temporary_folder, trainable, values_of
+
+TARGETS = ["q_proj", "down_proj"]
+
+
+def name_matching(candidate: Callable[[str, Sequence[str]], bool], hint: int = 1) -> Report:
+    """``candidate(name, targets)``: is this module meant by a list of targets? Exercise A1 of lesson 04."""
+
+    def expect(cases: Iterable[tuple[str, list[str]]], right: bool, question: str, fix: str) -> None:
+        for name, targets in cases:
+            got = candidate(name, targets)
+            if bool(got) is not right:
+                said = "means" if right else "does not mean"
+                raise Wrong(f"{targets} {said} {name!r}, and you return {got!r}", question, fix)
+
+    i = random.randint(0, 9)
+    whole = 'Compare whole segments: name == target or name.endswith("." + target).'
+
+    def endings() -> None:
+        cases = [(f"model.layers.{i}.self_attn.q_proj", ["q_proj"]), (f"model.layers.{i}.mlp.up_proj", ["up_proj"])]
+        expect(cases, True, "From which side is a name read?", whole)
+
+    def several_segments() -> None:
+        expect(
+            [(f"model.layers.{i}.self_attn.q_proj", ["self_attn.q_proj"]), (f"layers.{i}.fc", [f"{i}.fc"])],
+            True,
+            "A target may itself hold dots. Do you compare it with one segment only?",
+            whole,
+        )
+
+    def top_level() -> None:
+        cases = [("q_proj", ["q_proj"]), ("lm_head", ["lm_head"]), (f"layers.{i}.fc", [f"layers.{i}.fc"])]
+        expect(cases, True, "What stands before a name that is given in full? A dot?", whole)
+
+    def parts_of_words() -> None:
+        cases = [(f"layers.{i}.eq_proj", ["q_proj"]), (f"layers.{i}.post_attention_layernorm", ["attention"])]
+        cases += [(f"layers.{i}.q_proj_norm", ["q_proj"]), (f"layers.1{i}.fc", [f"{i}.fc"])]
+        expect(cases, False, "May a target begin or end in the middle of a segment?", whole)
+
+    def children() -> None:
+        cases = [(f"layers.{i}.self_attn.q_proj.base", ["q_proj"]), (f"layers.{i}.self_attn.q_proj", ["self_attn"])]
+        expect(
+            cases,
+            False,
+            "Is the layer inside a match also a match?",
+            "The target must be the end of the name. " + whole,
+        )
+
+    def any_of_them() -> None:
+        targets = ["v_proj", "q_proj", "down_proj"]
+        expect([(f"layers.{i}.{target}", targets) for target in targets], True, "One fit is enough.", "Use any(…).")
+        expect([(f"layers.{i}.k_proj", targets)], False, "None of the targets is k_proj.", "Use any(…).")
+
+    def no_pattern() -> None:
+        cases = [(f"layers.{i}.q_proj", ["q.proj"]), (f"layers.{i}.q_proj", [".*"])]
+        expect(cases, False, "Is an entry of a list a regular expression?", "Compare text, not patterns. " + whole)
+
+    def oracle() -> None:
+        from peft import LoraConfig
+        from peft.tuners.tuners_utils import check_target_module_exists
+
+        words = ["q_proj", "v_proj", "eq_proj", "proj", "self_attn", "layers", "0", "1", "fc"]
+        for _ in range(300):
+            name = ".".join(random.choices(words, k=random.randint(1, 4)))
+            targets = [".".join(random.choices(words, k=random.randint(1, 2))) for _ in range(random.randint(1, 2))]
+            right = bool(check_target_module_exists(LoraConfig(target_modules=targets), name))
+            expect([(name, targets)], right, "PEFT answers differently. Which rule above does this name test?", whole)
+
+    steps = [
+        ("a target fits the last segment of a name", endings),
+        ("a target may span several segments", several_segments),
+        ("a name given in full matches itself, also at the top of the model", top_level),
+        ("parts of words do not match", parts_of_words),
+        ("what is inside a match, or around it, does not match", children),
+        ("one fitting target is enough", any_of_them),
+        ("targets in a list are no patterns", no_pattern),
+        ("300 random names: as PEFT", oracle),
+    ]
+    return run_steps("name matching", steps, hint)
 
 
 class Block(nn.Module):
@@ -114,20 +199,21 @@ def hand_injection(candidate: Callable[..., Any], hint: int = 1) -> Report:
                 "Wrap the layer that stands there; LoRALinear keeps it as .base.",
             )
 
+    def frozen_factors(model: nn.Module) -> list[str]:
+        return [name for name, p in model.named_parameters() if "lora_" in name and not p.requires_grad]
+
     def freezes() -> None:
         model = draw_model()
         candidate(model, targets, 2, 6)
-        trains = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-        loose = [name for name, on in trains.items() if on and "lora_" not in name]
-        if loose:
-            n = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-            total = sum(parameter.numel() for parameter in model.parameters())
+        trains = trainable(model)
+        if loose := [name for name in trains if "lora_" not in name]:
+            n, total = count_parameters(model)
             raise Wrong(
                 f"{n} of {total} numbers train, among them {some(loose)}",
                 "LoRALinear freezes the layer that it wraps. Who freezes all the others?",
                 "Freeze the whole model, then let only the parameters of LoRALinear modules train.",
             )
-        if dead := [name for name, on in trains.items() if not on and "lora_" in name]:
+        if dead := frozen_factors(model):
             raise Wrong(
                 f"frozen as well: {some(dead)}",
                 "In which order do you freeze and wrap?",
@@ -160,7 +246,7 @@ def hand_injection(candidate: Callable[..., Any], hint: int = 1) -> Report:
         model = draw_model()
         first = candidate(model, ["q_proj"], 2, 6)
         second = candidate(model, ["down_proj"], 3, 6)
-        frozen = [n for n, p in model.named_parameters() if "lora_" in n and not p.requires_grad]
+        frozen = frozen_factors(model)
         if sorted(adapted(model)) != sorted([*first, *second]) or frozen:
             raise Wrong(
                 f"a second call with other targets stops the first adapter from training: {some(frozen)}"
@@ -176,7 +262,7 @@ def hand_injection(candidate: Callable[..., Any], hint: int = 1) -> Report:
         model = draw_model()
         reference = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=3, target_modules=targets))
         candidate(model, targets, 3, 8)
-        mine = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        mine, _ = count_parameters(model)
         right, _ = reference.get_nb_trainable_parameters()
         if mine != right:
             raise Wrong(
@@ -196,3 +282,225 @@ def hand_injection(candidate: Callable[..., Any], hint: int = 1) -> Report:
         ("as many trainable parameters as PEFT", oracle),
     ]
     return run_steps("injection", steps, hint)
+
+
+def pair(r: int = 3) -> tuple[nn.Module, nn.Module]:
+    """The same base twice: with a trained-looking adapter, and with a fresh one of the same kind."""
+    seed = random.randrange(2**31)
+    models = []
+    for trained in (True, False):
+        torch.manual_seed(seed)
+        model = small_llama()
+        inject(model, LoraConfig(r=r, lora_alpha=7, target_modules=TARGETS))
+        for layer in lora_layers(model).values():
+            if trained:
+                randomise(layer)
+        models.append(model)
+    return models[0], models[1]
+
+
+def lora_layers(model: nn.Module) -> dict[str, Any]:
+    """LoRA layers by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+def right_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """What belongs into the file, under PEFT's keys."""
+    return {
+        f"{PREFIX}{name}.{key}": tensor.detach().clone()
+        for name, layer in lora_layers(model).items()
+        for key, tensor in layer.saved_tensors().items()
+    }
+
+
+def save_and_load(save: Callable[[Any, Path], Any], load: Callable[[Any, Path], Any], hint: int = 1) -> Report:
+    """``save(model, file)`` and ``load(model, file)`` for an adapter alone. Exercise B2 of lesson 04."""
+
+    def in_folder(step: Callable[[Path], None]) -> Callable[[], None]:
+        def run() -> None:
+            with temporary_folder() as folder:
+                step(folder / WEIGHTS_FILE)
+
+        return run
+
+    def read_back(model: nn.Module, file: Path) -> dict[str, Tensor]:
+        save(model, file)
+        if not file.is_file():
+            raise Wrong("no file was written", "Which path was given to you?", "save_file(tensors, file)")
+        try:
+            return load_file(file)
+        except SafetensorError:
+            raise Wrong(
+                "the file is no safetensors file",
+                "Which library writes it? A pickle can run code when somebody opens it.",
+                "from safetensors.torch import save_file",
+            ) from None
+
+    def only_adapter(file: Path) -> None:
+        model, _ = pair()
+        found, right = read_back(model, file), right_tensors(model)
+        n, wanted = sum(t.numel() for t in found.values()), sum(t.numel() for t in right.values())
+        strangers = [key for key in found if "lora_" not in key]
+        if n != wanted:
+            raise Wrong(
+                f"the file holds {n:,} numbers, the adapter has {wanted:,}"
+                + (f"; {strangers[0]!r} belongs to the base" if strangers else ""),
+                "What of the model does another person not have yet?",
+                "Write lora_A and lora_B of every LoRALinear, and nothing else.",
+            )
+
+    def keys(file: Path) -> None:
+        model, _ = pair()
+        found, right = read_back(model, file), right_tensors(model)
+        if strange := sorted(found.keys() - right.keys()):
+            raise Wrong(
+                f"a key in the file is {strange[0]!r}; PEFT's for such a tensor is {min(right)!r}",
+                "What stands before the module's name, and what after lora_A?",
+                'f"base_model.model.{name}.lora_A.weight"',
+            )
+
+    def values(file: Path) -> None:
+        model, _ = pair()
+        found = read_back(model, file)
+        for key, tensor in right_tensors(model).items():
+            if found[key].shape != tensor.shape or not torch.equal(found[key], tensor):
+                raise Wrong(
+                    f"{key!r} in the file differs from the model's tensor",
+                    "Is it this layer's, is it transposed, is it rounded?",
+                    "Store module.lora_A.detach() and module.lora_B.detach() as they are.",
+                )
+
+    def round_trip(file: Path) -> None:
+        model, fresh = pair()
+        save(model, file)
+        parameters = [id(p) for p in fresh.parameters()]
+        load(fresh, file)
+        ids = torch.randint(23, (2, 5))
+        with torch.no_grad():
+            if not torch.equal(model(ids).logits, fresh(ids).logits):
+                raise Wrong(
+                    "after loading, the fresh model's logits are not those of the saved one",
+                    "Does every tensor reach its layer? Compare lora_A and lora_B of one layer in both models.",
+                    "Look up each key's module and copy the tensor into its parameter.",
+                )
+        if [id(p) for p in fresh.parameters()] != parameters:
+            raise Wrong(
+                "loading put new parameters into the model: an optimizer made before would train the old ones",
+                "How does one write into a parameter that is there already?",
+                "with torch.no_grad(): parameter.copy_(tensor)",
+            )
+
+    def refuses(change: Callable[[dict[str, Tensor]], None], what: str, question: str, fix: str, r: int = 3) -> Any:
+        def step(file: Path) -> None:
+            (model, _), (_, fresh) = pair(r), pair()
+            tensors = right_tensors(model)
+            change(tensors)
+            save_file(tensors, file)
+            before = values_of(fresh)
+            try:
+                load(fresh, file)
+            except NotImplementedError:
+                raise
+            except Exception:
+                if not changed(fresh, before):
+                    return
+                raise Wrong(
+                    f"a file {what} is refused, but by then half of it had been loaded",
+                    "When do you check, and when do you copy?",
+                    "Check every key and shape first, then copy.",
+                ) from None
+            raise Wrong(f"a file {what} is loaded without a word", question, fix)
+
+        return in_folder(step)
+
+    def drop(tensors: dict[str, Tensor]) -> None:
+        del tensors[max(tensors)]
+
+    def add(tensors: dict[str, Tensor]) -> None:
+        tensors[f"{PREFIX}model.layers.7.self_attn.q_proj.lora_A.weight"] = torch.zeros(3, 12)
+
+    def nothing(tensors: dict[str, Tensor]) -> None:
+        pass
+
+    def oracle(file: Path) -> None:
+        from peft import PeftModel
+
+        model, _ = pair()
+        seed = random.randrange(2**31)
+        torch.manual_seed(seed)
+        mine = small_llama()
+        inject(mine, LoraConfig(r=3, lora_alpha=7, target_modules=TARGETS))
+        save_adapter(model, file.parent)  # for its config; the weights come from the learner
+        file.unlink()
+        save(model, file)
+        load(mine, file)
+        torch.manual_seed(seed)
+        theirs = PeftModel.from_pretrained(small_llama(), str(file.parent)).eval()
+        ids = torch.randint(23, (2, 5))
+        with torch.no_grad():
+            if not close(mine(ids).logits, theirs(ids).logits, rtol=1e-5, atol=1e-5):
+                raise Wrong(
+                    "PEFT reads your file and gets other logits",
+                    "Are A and B in the file the right way round?",
+                    "A is (r, in), B is (out, r), under lora_A.weight and lora_B.weight.",
+                )
+
+    complete = "Raise ValueError unless the file's keys are exactly the model's."
+    steps = [
+        ("the file holds A and B of every layer, and nothing else", in_folder(only_adapter)),
+        ("under PEFT's keys", in_folder(keys)),
+        ("value for value", in_folder(values)),
+        ("a fresh model gets the same logits, bit for bit", in_folder(round_trip)),
+        ("a file with a tensor missing is refused",
+         refuses(drop, "with a tensor missing", "What does strict=False hide?", complete)),
+        ("a file with a foreign tensor is refused",
+         refuses(add, "with a tensor of a layer that the model does not have", "Whose tensor is it?", complete)),
+        ("a file of another rank is refused",
+         refuses(nothing, "of rank 1 for a model of rank 3", "What does copy_ make of shapes (1, in) and (3, in)?",
+                 "Compare the shapes too: copy_ broadcasts.", r=1)),
+        ("PEFT reads your file and gets the same logits", in_folder(oracle)),
+    ]  # fmt: skip
+    return run_steps("save and load", steps, hint)
+
+
+def seed_verdict(candidate: Callable[[Sequence[float], Sequence[float]], str], hint: int = 1) -> Report:
+    """``candidate(a, b)``: "a", "b" or "not evidence", from the losses of several seeds. Exercise C1 of lesson 04."""
+
+    def expect(a: list[float], b: list[float], right: str, question: str, fix: str) -> None:
+        got = candidate(a, b)
+        if got != right:
+            raise Wrong(f"for {a} against {b} you return {got!r}, expected {right!r}", question, fix)
+
+    ranges = "a wins if max(a) < min(b), b wins if max(b) < min(a); everything else is not evidence."
+
+    def apart() -> None:
+        low = round(random.uniform(4, 4.2), 2)
+        a, b = [low + 0.02, low, low + 0.01], [low + 0.3, low + 0.32, low + 0.31]
+        expect(a, b, "a", "Which loss is the better one?", "The lower loss wins. " + ranges)
+        expect(b, a, "b", "Does your rule also hold with the two exchanged?", ranges)
+
+    def overlap() -> None:
+        question = "Does every seed of one beat every seed of the other?"
+        expect([4.20, 4.26, 4.22], [4.25, 4.31, 4.29], "not evidence", question, ranges)
+        expect([4.31, 4.25, 4.29], [4.26, 4.20, 4.22], "not evidence", question, ranges)
+
+    def inside() -> None:
+        question = "One range lies inside the other. Does a lower mean settle it?"
+        expect([4.10, 4.50, 4.11], [4.30, 4.31, 4.32], "not evidence", question, ranges)
+
+    def touching() -> None:
+        expect([4.2, 4.3], [4.3, 4.4], "not evidence", "Two seeds have the same loss. Who won there?", ranges)
+
+    def lonely() -> None:
+        expect(
+            [4.2], [4.9], "not evidence", "How large is the spread of one seed?", "One seed has no spread: " + ranges
+        )
+
+    steps = [
+        ("ranges that lie apart decide", apart),
+        ("ranges that overlap do not", overlap),
+        ("a lower mean alone does not", inside),
+        ("ranges that touch do not", touching),
+        ("a single seed does not", lonely),
+    ]
+    return run_steps("verdict over seeds", steps, hint)

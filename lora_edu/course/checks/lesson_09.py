@@ -1,13 +1,31 @@
-"""Checks of lesson 09: undo a merge (A1), and when merging pays (C1)."""
+"""The checks of lesson 09: undo a merge (A1), a mixed batch (B1), a hot-swap (B2), when merging pays (C1)."""
 
+import contextlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from lora_edu.core.layer import LoRALinear
+from lora_edu.core.peft_io import PREFIX
 from lora_edu.course.checks.report import Report, Wrong, run_steps
+from lora_edu.course.checks.tools import (
+    Operations,
+    close,
+    is_tensor,
+    is_whole,
+    known_slip,
+    need_refusal,
+    normal,
+    shape_or_type,
+)
+
+BASE = "__base__"
+PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "mv", "addmv", "dot"}
+Adapters = dict[str, tuple[Tensor, Tensor, float]]
 
 
 def merged_weight(candidate: Callable[[Tensor], Any], hint: int = 1) -> Report:
@@ -128,6 +146,257 @@ def merged_weight(candidate: Callable[[Tensor], Any], hint: int = 1) -> Report:
     return run_steps("undo a merge", steps, hint)
 
 
+def count_products(operations: Operations, weight: Tensor) -> tuple[int, int]:
+    """How many matrix products have a factor of the frozen weight's size, and how many do not."""
+    sizes = set(weight.shape)
+    factors = [[x for x in given if isinstance(x, Tensor)] for name, given, _ in operations.seen if name in PRODUCTS]
+    large = sum(any(set(x.shape[-2:]) == sizes for x in each) for each in factors)
+    return large, len(factors) - large
+
+
+def draw(rows: int = 6, *shape: int) -> tuple[Tensor, Tensor, Adapters]:
+    """(x, weight, adapters): three adapters of different ranks and scales, in ≠ out."""
+    inputs, outputs = random.randint(9, 12), random.randint(13, 17)
+    x = normal(rows, *shape, inputs)
+    weight = normal(outputs, inputs)
+    adapters = {}
+    for name, r in zip(("tax", "law", "code"), random.sample([2, 3, 4, 5], 3), strict=True):
+        adapters[name] = (normal(r, inputs), normal(outputs, r), random.choice([0.5, 1.5, 3.0]))
+    return x, weight, adapters
+
+
+def row_by_row(x: Tensor, weight: Tensor, adapters: Adapters, names: list[str]) -> Tensor:
+    """What is right: every row with its own dense weight."""
+    found = []
+    for row, name in zip(x, names, strict=True):
+        dense = weight
+        if name != BASE:
+            a, b, scaling = adapters[name]
+            dense = weight + scaling * b @ a
+        found.append(row @ dense.T)
+    return torch.stack(found)
+
+
+def mixed_linear(candidate: Callable[[Tensor, Tensor, Adapters, list[str]], Tensor], hint: int = 1) -> Report:
+    """One layer, one batch, several adapters. Exercise B1 of lesson 09."""
+
+    def compare(x: Tensor, weight: Tensor, adapters: Adapters, names: list[str], question: str, fix: str) -> None:
+        untouched = x.clone()
+        found = candidate(x, weight, adapters, list(names))
+        right = row_by_row(untouched, weight, adapters, names)
+        if not is_tensor(found, right.shape):
+            seen = shape_or_type(found)
+            raise Wrong(f"for x {tuple(x.shape)} you return {seen}, expected {tuple(right.shape)}", question, fix)
+        if not torch.equal(x, untouched):
+            raise Wrong("your function changes x, which the caller still needs", question, "Write into new tensors.")
+        for row, (name, ours, theirs) in enumerate(zip(names, right, found, strict=True)):
+            if not close(theirs, ours):
+                answers = [(row_by_row(untouched, weight, adapters, [n] * len(names))[row], n) for n in {*names, BASE}]
+                who = known_slip(theirs, answers, close)
+                instead = f"the answer of {who!r}" if who else "the answer of no adapter"
+                raise Wrong(f"names = {names}: row {row} should be {name!r} and is {instead}", question, fix)
+
+    def one() -> None:
+        for name in ("tax", "law", "code"):
+            x, weight, adapters = draw(3, 4)
+            compare(
+                x, weight, adapters, [name] * 3,
+                "With one adapter, what is added to x Wᵀ? Does the scale stand before it?",
+                "x @ W.T + scaling * (x @ A.T @ B.T)",
+            )  # fmt: skip
+
+    def mixed() -> None:
+        for names in (["law", "tax", "law", "code", "tax", "law"], ["tax", "code", "code", "tax", "law", "code"]):
+            x, weight, adapters = draw(6, 4)
+            compare(
+                x, weight, adapters, names,
+                "Where do the rows of an adapter go when its products are done?",
+                "Remember the rows' numbers: y[rows] += scaling * (x[rows] @ A.T @ B.T).",
+            )  # fmt: skip
+
+    def base() -> None:
+        x, weight, adapters = draw(4, 3)
+        question, fix = "Which rows get no update?", f"Leave the rows named {BASE!r} at x @ W.T; all may be such rows."
+        compare(x, weight, adapters, [BASE, "law", BASE, "tax"], question, fix)
+        compare(x, weight, adapters, [BASE] * 4, question, fix)
+
+    def shapes() -> None:
+        names = ["law", BASE, "code", "law"]
+        for shape in ((), (1,), (2, 3)):
+            x, weight, adapters = draw(4, *shape)
+            compare(
+                x, weight, adapters, names,
+                "Rows are the first dimension, features the last. Does your code count on exactly one between them?",
+                "x[rows] @ A.T @ B.T works for any number of dimensions in between.",
+            )  # fmt: skip
+
+    def unknown() -> None:
+        x, weight, adapters = draw(2, 3)
+        for names in (["law", "pirate"], ["pirate", BASE]):
+            need_refusal(
+                partial(candidate, x, weight, adapters, names),
+                f"names = {names}: 'pirate' is no adapter, and your function answers all the same",
+                "Whose answer does the caller get, and how would they find out?",
+                f"Raise KeyError for a name that is neither {BASE!r} nor in adapters.",
+                KeyError,
+            )
+
+    def products() -> None:
+        x, weight, adapters = draw(9, 5)  # no group's rows × 5 is one of the weight's sizes, by which it is recognised
+        names = ["law", "tax", BASE, "law", "tax", "law", "tax", "tax", "law"]
+        with Operations() as operations:
+            candidate(x, weight, adapters, names)
+        large, small = count_products(operations, weight)
+        if large > 1:
+            raise Wrong(
+                f"x is multiplied with the large weight {large} times",
+                "Which product is the same for all rows?",
+                "Compute x @ W.T once for the whole batch, before the adapters.",
+            )
+        if small > 4:
+            raise Wrong(
+                f"two of three adapters occur, and there are {small} small products instead of 4",
+                "How many products does a group of rows need? Does code occur at all?",
+                "Two products for each adapter that occurs: loop over the names in the batch, not over rows.",
+            )
+
+    steps = [
+        ("one adapter for all rows", one),
+        ("each row has its own adapter, in the order of the batch", mixed),
+        ("rows of the base get no update", base),
+        ("any number of dimensions between row and feature", shapes),
+        ("an unknown name raises KeyError", unknown),
+        ("the base once, a pair of small products per adapter that occurs", products),
+    ]
+    return run_steps("mixed batch", steps, hint)
+
+
+def adapted_layers() -> tuple[dict[str, LoRALinear], dict[str, Tensor]]:
+    """Layers of different shapes and ranks by place, and tensors under PEFT's keys that fit them."""
+    layers, tensors = {}, {}
+    for place, r in (("model.layers.0.q_proj", 3), ("model.layers.0.up_proj", 4), ("model.layers.1.q_proj", 2)):
+        base = nn.Linear(random.randint(8, 11), random.randint(12, 15))
+        layers[place] = LoRALinear(base, r=r, lora_alpha=5, init_lora_weights=False)
+        for key, parameter in (("lora_A", layers[place].lora_A), ("lora_B", layers[place].lora_B)):
+            tensors[f"{PREFIX}{place}.{key}.weight"] = torch.randn_like(parameter)
+    return layers, tensors
+
+
+def state_of(layers: Mapping[str, LoRALinear]) -> list[Any]:
+    """Values and scales, to compare before and after."""
+    return [(la.lora_A.detach().clone(), la.lora_B.detach().clone(), la.scaling) for la in layers.values()]
+
+
+def hot_swap(candidate: Callable[[dict[str, LoRALinear], dict[str, Tensor], float], None], hint: int = 1) -> Report:
+    """Other values into the layers that are there. Exercise B2 of lesson 09."""
+
+    def values() -> None:
+        layers, tensors = adapted_layers()
+        candidate(layers, tensors, 12)
+        for place, layer in layers.items():
+            for key in ("lora_A", "lora_B"):
+                if not torch.equal(getattr(layer, key), tensors[f"{PREFIX}{place}.{key}.weight"]):
+                    raise Wrong(
+                        f"{key} of {place} does not hold the new values",
+                        "Which key of the file belongs to which tensor of the layer?",
+                        'layer.lora_A.copy_(tensors[f"base_model.model.{place}.lora_A.weight"]), and so for lora_B.',
+                    )
+
+    def same_objects() -> None:
+        layers, tensors = adapted_layers()
+        before = {
+            place: (la.lora_A, la.lora_B, la.lora_A.data_ptr(), la.lora_B.data_ptr()) for place, la in layers.items()
+        }
+        candidate(layers, tensors, 12)
+        for place, layer in layers.items():
+            a, b, place_a, place_b = before[place]
+            if layer.lora_A is not a or layer.lora_B is not b:
+                raise Wrong(
+                    f"{place} has new parameters; an optimizer or a compiled model still holds the old ones",
+                    "Which operation writes values into a tensor that exists?",
+                    "Inside torch.no_grad(): layer.lora_A.copy_(values).",
+                )
+            if (layer.lora_A.data_ptr(), layer.lora_B.data_ptr()) != (place_a, place_b):
+                raise Wrong(
+                    f"the parameters of {place} point to other memory; a captured graph reads the old one",
+                    "Does assigning to .data write values, or exchange the memory behind the parameter?",
+                    "Inside torch.no_grad(): layer.lora_A.copy_(values).",
+                )
+            if not layer.lora_A.requires_grad:
+                raise Wrong(
+                    f"lora_A of {place} no longer requires a gradient",
+                    "Is that for a swap to decide?",
+                    "Leave requires_grad alone; torch.no_grad() is enough for copying.",
+                )
+
+    def scale() -> None:
+        layers, tensors = adapted_layers()
+        alpha = random.choice([7, 11, 13])
+        candidate(layers, tensors, alpha)
+        for place, layer in layers.items():
+            if layer.scaling != alpha / layer.r:
+                raise Wrong(
+                    f"with lora_alpha={alpha}, {place} (r={layer.r}) has the scale {layer.scaling:.3f}; "
+                    f"expected {alpha / layer.r:.3f}",
+                    "What belongs to an adapter besides its tensors? Is the rank the same in every layer?",
+                    "layer.scaling = lora_alpha / layer.r, for each layer.",
+                )
+
+    def damaged(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        last = list(tensors)[-1]
+        longer = torch.cat([tensors[last], tensors[last]], dim=1)
+        less = {key: value for key, value in tensors.items() if key != last}
+        return {
+            "a tensor of another rank": {**tensors, last: longer},
+            "a missing tensor": less,
+            "a tensor for a layer that is not there": {**tensors, last.replace("layers.1", "layers.7"): longer},
+            "transposed tensors": {key: value.T.contiguous() for key, value in tensors.items()},
+            "one row, which copy_ would spread over all": {**tensors, last: tensors[last][:1]},
+        }  # fmt: skip
+
+    def refuses() -> None:
+        for words in damaged(adapted_layers()[1]):
+            layers, tensors = adapted_layers()
+            try:
+                candidate(layers, damaged(tensors)[words], 12)
+            except ValueError:
+                continue
+            except Exception as error:
+                raise Wrong(
+                    f"{words}: your function raises {type(error).__name__}, expected ValueError",
+                    "Do you compare names and shapes yourself, before PyTorch stumbles over them?",
+                    "Check that the keys are exactly the expected ones and each shape fits; else raise ValueError.",
+                ) from None
+            raise Wrong(
+                f"{words}: your function accepts the file",
+                "Which two sets of keys must be equal, and which shapes?",
+                "Expected keys: two for each layer. Compare with set(tensors), then each shape; else raise ValueError.",
+            )
+
+    def untouched() -> None:
+        for words in damaged(adapted_layers()[1]):
+            layers, tensors = adapted_layers()
+            before = state_of(layers)
+            with contextlib.suppress(ValueError):
+                candidate(layers, damaged(tensors)[words], 12)
+            for place, (a, b, scaling), (a2, b2, scaling2) in zip(layers, before, state_of(layers), strict=True):
+                if not (torch.equal(a, a2) and torch.equal(b, b2) and scaling == scaling2):
+                    raise Wrong(
+                        f"{words}: the file is refused, but {place} has changed already",
+                        "In which order do you check and write?",
+                        "Two loops: first check everything, then copy everything.",
+                    )
+
+    steps = [
+        ("every tensor has its new values", values),
+        ("in the same parameters", same_objects),
+        ("with the new scale", scale),
+        ("a file that does not fit is refused with ValueError", refuses),
+        ("and then nothing has changed", untouched),
+    ]
+    return run_steps("hot-swap", steps, hint)
+
+
 def merging_pays(candidate: Callable[[float, float, float], Any], hint: int = 1) -> Report:
     """After how many forward passes merging is the quicker way. Exercise C1 of lesson 09."""
 
@@ -140,7 +409,7 @@ def merging_pays(candidate: Callable[[float, float, float], Any], hint: int = 1)
                 "What does one pass gain by merging, and can the gain be zero or less?",
                 "If unmerged <= merged, return None.",
             )
-        if right is not None and (isinstance(answer, bool) or not isinstance(answer, int)):
+        if right is not None and not is_whole(answer):
             raise Wrong(
                 f"{given}: you answer {answer!r}, a {type(answer).__name__}; expected the whole number {right}",
                 "What type does your function return?",

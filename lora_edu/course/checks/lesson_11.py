@@ -1,15 +1,31 @@
-"""The checks of lesson 11's repairs: padding in the loss, the wrong layers, the merge that counts twice."""
+"""The checks of lesson 11: labels (A1), a block's layers (A2), a merging layer (B1), triage (B2), a split (C1)."""
 
+import copy
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lora_edu.core.config import LoraConfig
+from lora_edu.core.inject import inject
 from lora_edu.course.checks.report import Report, Step, Wrong, run_steps
+from lora_edu.course.checks.tools import (
+    changed,
+    close,
+    factor_between,
+    is_tensor,
+    normal,
+    shape_or_type,
+    trainable,
+    values_of,
+)
+from lora_edu.lab.datasets import IGNORED
 
-IGNORED = -100
+VERDICTS = ("no label counts", "nothing trains", "the base trains", "no gradient", "not finite", "healthy")
 
 
 def labels_without_padding(candidate: Callable[[Tensor, Tensor], Tensor], hint: int = 1) -> Report:
@@ -28,10 +44,9 @@ def labels_without_padding(candidate: Callable[[Tensor, Tensor], Tensor], hint: 
 
     def labels_of(ids: Tensor, mask: Tensor) -> Tensor:
         labels = candidate(ids, mask)
-        if not isinstance(labels, Tensor) or labels.shape != ids.shape:
-            seen = tuple(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
+        if not is_tensor(labels, ids.shape):
             raise Wrong(
-                f"for input_ids of shape {tuple(ids.shape)} your labels are {seen}",
+                f"for input_ids of shape {tuple(ids.shape)} your labels are {shape_or_type(labels)}",
                 "The model shifts labels by itself. Which shape does it expect?",
                 "Return one label for each token.",
             )
@@ -155,18 +170,18 @@ def merging_layer(candidate: Callable[[nn.Linear, Tensor, Tensor, float], Any], 
     def build() -> tuple[Any, Tensor, Tensor, Tensor]:
         outputs, inputs, r, scaling = random.randint(5, 8), random.randint(9, 12), random.randint(2, 4), 1.5
         linear = nn.Linear(inputs, outputs).double()
-        a, b = torch.randn(r, inputs).double(), torch.randn(outputs, r).double()
+        a, b = normal(r, inputs), normal(outputs, r)
         base, update = linear.weight.detach().clone(), scaling * b @ a
-        return candidate(linear, a, b, scaling), torch.randn(3, 2, inputs).double(), base, update
+        return candidate(linear, a, b, scaling), normal(3, 2, inputs), base, update
 
     def expect(layer: Any, x: Tensor, base: Tensor, update: Tensor, when: str) -> None:
         with torch.no_grad():
             got = layer(x) - x @ base.T - layer.linear.bias
             right = x @ update.T
-        times = ((got * right).sum() / (right * right).sum()).item()
+        times = factor_between(got, right)
         shown = f"{round(times, 1) + 0.0:.1f}"  # adding zero turns "-0.0" into "0.0"
-        if not torch.allclose(got, right, rtol=0, atol=1e-9):
-            exact = torch.allclose(got, times * right, rtol=0, atol=1e-9)
+        if not close(got, right):
+            exact = close(got, times * right)
             raise Wrong(
                 f"{when} the layer adds {shown} × the update" if exact else f"{when} the output is no base + update",
                 "Which places add the update? At which of them is it added already?",
@@ -184,7 +199,7 @@ def merging_layer(candidate: Callable[[nn.Linear, Tensor, Tensor, float], Any], 
     def in_weight() -> None:
         layer, _, base, update = build()
         layer.merge()
-        if not torch.allclose(layer.linear.weight.detach(), base + update, rtol=0, atol=1e-9):
+        if not close(layer.linear.weight.detach(), base + update):
             raise Wrong(
                 "after merge, linear.weight is not W + s·BA: somebody who saves the weight saves something else",
                 "What should a merged weight be worth without the adapter?",
@@ -204,7 +219,7 @@ def merging_layer(candidate: Callable[[nn.Linear, Tensor, Tensor, float], Any], 
         layer.merge()
         layer.unmerge()
         expect(layer, x, base, update, "after merge and unmerge")
-        if not torch.allclose(layer.linear.weight.detach(), base, rtol=0, atol=1e-9):
+        if not close(layer.linear.weight.detach(), base):
             raise Wrong(
                 "after unmerge the pretrained weight is not back",
                 "What does merge add? Does your unmerge take away the same, and only when it is there?",
@@ -219,3 +234,201 @@ def merging_layer(candidate: Callable[[nn.Linear, Tensor, Tensor, float], Any], 
         ("unmerge brings the weight back", back),
     ]
     return run_steps("merging layer", steps, hint)
+
+
+LOOK = {
+    "no label counts": ("What does cross-entropy average over if every label is -100?", "Count labels != -100 first."),
+    "nothing trains": ("Which property of a parameter says that it trains?", "No parameter has requires_grad."),
+    "the base trains": ("Which names have the parameters that should train?", "One without lora_ requires a gradient."),
+    "no gradient": ("Where did backward not arrive? Can it fail itself?", "Some .grad is None, or backward raises."),
+    "not finite": ("Is the loss a number?", "torch.isfinite of the loss, and of every gradient."),
+    "healthy": ("Which gradient is zero in LoRA's first step?", "A zero gradient of lora_A is no fault."),
+}  # fmt: skip
+
+
+class Reader(nn.Module):
+    """A small language model of the usual form: ``model(input_ids=…, labels=…)`` has ``.loss`` and ``.logits``."""
+
+    def __init__(self, width: int, words: int, blocks: int):
+        super().__init__()
+        self.embed = nn.Embedding(words, width)
+        self.blocks: Any = nn.ModuleList([nn.ModuleDict({"up_proj": nn.Linear(width, width)}) for _ in range(blocks)])
+        self.head = nn.Linear(width, words, bias=False)
+        self.cut = False
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> SimpleNamespace:
+        x = self.embed(input_ids)
+        for i, block in enumerate(self.blocks):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not (self.cut and i == 0)):
+                x = x + torch.tanh(block["up_proj"](x))
+        logits = self.head(x)
+        return SimpleNamespace(
+            logits=logits, loss=F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        )
+
+
+def broken(fault: str, blocks: int | None = None) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A small model with LoRA, and one batch, with one of the faults in ``VERDICTS``."""
+    width, words = random.choice([6, 10]), random.choice([17, 23])
+    model = Reader(width, words, blocks or random.randint(2, 4))
+    inject(model, LoraConfig(r=2, lora_alpha=3, target_modules=["up_proj"]))
+    ids = torch.randint(0, words, (random.randint(2, 3), random.randint(5, 7)))
+    labels = ids.clone()
+    labels[:, :2] = IGNORED
+    lora = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
+    if fault == "no label counts":
+        labels[:] = IGNORED
+    elif fault == "nothing trains":
+        model.requires_grad_(False)
+    elif fault == "the base trains":
+        random.choice([p for p in model.parameters() if not p.requires_grad]).requires_grad_(True)
+    elif fault == "no gradient":
+        model.cut = True
+    elif fault == "not finite":
+        random.choice(lora).data[0, 0] = float("nan")
+    return model, {"input_ids": ids, "labels": labels}
+
+
+def triage(candidate: Callable[[nn.Module, dict[str, Tensor]], str], hint: int = 1) -> Report:
+    """Exercise B2: ``candidate(model, batch)`` looks at one forward and backward pass and names the fault."""
+
+    def says(fault: str, **options: Any) -> None:
+        model, batch = broken(fault, **options)
+        verdict = candidate(model, batch)
+        if verdict not in VERDICTS:
+            raise Wrong(
+                f"your verdict is {verdict!r}; expected one of {', '.join(VERDICTS)}",
+                "Does every path of your function end in a return?",
+                "Return one of the six sentences.",
+            )
+        if verdict != fault:
+            question, fix = LOOK[fault]
+            raise Wrong(f"a model with the fault {fault!r} gets the verdict {verdict!r}", question, fix)
+
+    def healthy() -> None:
+        says("healthy")
+
+    def cut_everywhere() -> None:
+        says("no gradient", blocks=1)  # with one block nothing of the graph is left, and backward raises
+
+    def untouched() -> None:
+        model, batch = broken("healthy")
+        before, training = values_of(model), trainable(model)
+        candidate(model, batch)
+        others = changed(model, before)
+        if others or trainable(model) != training:
+            raise Wrong(
+                f"your examination changed the model ({others[0] if others else 'what requires a gradient'})",
+                "Does a diagnosis need an optimizer step?",
+                "Only call the model and backward.",
+            )
+        if left := [name for name, parameter in model.named_parameters() if parameter.grad is not None]:
+            raise Wrong(
+                f"gradients are left behind, for example in {left[0]}: the next step would add to them",
+                "What does backward do with a gradient that is there already?",
+                "model.zero_grad() at the end, on every path.",
+            )
+
+    steps: list[Step] = [
+        ("a healthy run, in its first step", healthy),
+        ("nothing trains", lambda: says("nothing trains")),
+        ("the base trains along", lambda: says("the base trains")),
+        ("no label counts", lambda: says("no label counts")),
+        ("not finite", lambda: says("not finite")),
+        ("one block is cut off", lambda: says("no gradient")),
+        ("everything is cut off", cut_everywhere),
+        ("the model is as it was", untouched),
+    ]
+    return run_steps("triage", steps, hint)
+
+
+def honest_split(
+    candidate: Callable[[Sequence[dict[str, str]], float, int], tuple[list[dict[str, str]], list[dict[str, str]]]],
+    hint: int = 1,
+) -> Report:
+    """Exercise C1: ``candidate(entries, share, seed)`` gives (train, held-out) without a headword in both."""
+
+    def entries(count: int) -> list[dict[str, str]]:
+        words = [f"word{i}" for i in range(count)]
+        meanings = [*words, *random.sample(words, count // 3)]  # a third of the words have two definitions
+        return [{"word": word, "pos": "noun", "definition": f"meaning {i}"} for i, word in enumerate(meanings)]
+
+    def key(entry: dict[str, str]) -> tuple[str, ...]:
+        return tuple(entry.values())
+
+    def complete() -> None:
+        given = entries(random.randint(40, 60))
+        kept = copy.deepcopy(given)
+        train, held = candidate(given, 0.2, 0)
+        if given != kept:
+            raise Wrong(
+                "your function changed the list it was given",
+                "Does random.shuffle make a new list?",
+                "Shuffle a copy: words = sorted({…}).",
+            )
+        there, expected = sorted(map(key, [*train, *held])), sorted(map(key, given))
+        if there != expected:
+            raise Wrong(
+                f"{len(given)} entries went in and {len(train)} + {len(held)} came out, or not the same ones",
+                "Where does each entry go, exactly once?",
+                "Every entry whose word is held out goes there, every other one to train.",
+            )
+
+    def apart() -> None:
+        train, held = candidate(entries(random.randint(40, 60)), 0.3, 1)
+        both = sorted({entry["word"] for entry in train} & {entry["word"] for entry in held})
+        if both:
+            raise Wrong(
+                f"{len(both)} headwords are in both parts, for example {both[0]!r}: the test was seen in training",
+                "What do you draw: entries, or words?",
+                "Draw the words, then sort the entries by their word.",
+            )
+
+    def size() -> None:
+        for share in (0.1, 0.4):
+            given = entries(200)
+            held = candidate(given, share, random.randrange(100))[1]
+            got = len({entry["word"] for entry in held}) / 200
+            if abs(got - share) > 0.02:
+                raise Wrong(
+                    f"share={share}: {got:.0%} of the words are held out",
+                    "Which of the two lists is the small one, and what is it a share of?",
+                    "round(share * number of words) words are held out.",
+                )
+
+    def drawn() -> None:
+        given = entries(60)
+        first, again, other = (sorted(map(key, candidate(given, 0.3, seed)[1])) for seed in (5, 5, 6))
+        if first != again:
+            raise Wrong(
+                "the same seed gives two different splits",
+                "Which random numbers do you use, and who else uses them?",
+                "random.Random(seed), and a sorted list of words: a set has no order of its own.",
+            )
+        if first == other:
+            raise Wrong(
+                "seeds 5 and 6 give the same split",
+                "Are the entries of a dictionary in a random order?",
+                "Shuffle the words with random.Random(seed).",
+            )
+
+    def polite() -> None:
+        random.seed(3)
+        expected = random.random()
+        random.seed(3)
+        candidate([{"word": word, "pos": "noun", "definition": word} for word in "abcdef"], 0.5, 1)
+        if random.random() != expected:
+            raise Wrong(
+                "your function reseeds or uses up Python's own random numbers",
+                "Whose numbers are they?",
+                "A generator of your own: random.Random(seed).",
+            )
+
+    steps: list[Step] = [
+        ("every entry is in exactly one part", complete),
+        ("no headword is in both", apart),
+        ("the held-out part has the size asked for", size),
+        ("the seed decides, and nothing else", drawn),
+        ("the caller's random numbers are untouched", polite),
+    ]
+    return run_steps("honest split", steps, hint)

@@ -1,15 +1,42 @@
-"""The checks of lesson 21: the roofline's bound, intensity, bytes between GPUs, expected ratios.
-
-See also ``lesson_21_backward``.
-"""
+"""The checks of lesson 21: a bound (A1), intensity (A2), a backward pass (B1), bytes sent (B2), a ratio (C1)."""
 
 import random
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from lora_edu.course.checks.report import Report, Wrong, run_steps
+from lora_edu.course.checks.tools import (
+    Operations,
+    close,
+    close_number,
+    is_number,
+    is_several,
+    is_tensor,
+    is_transposed,
+    known_slip,
+    normal,
+    off_by,
+    scale_slips,
+    shape_or_type,
+)
 
 Work = list[tuple[float, float]]  # (operations, bytes) of one operation after another
 CEILING, BANDWIDTH = 60e9, 12e9
+Backward = Callable[..., tuple[Tensor | None, Tensor, Tensor]]
+FIX = "gh = (B.T @ g.T).mul_(s); then (g @ W).addmm_(gh.T, A) if need_x, gh @ x, and (h @ g).T * s."
+
+
+def require(got: float, right: float, slips: Mapping[float, str], case: str, question: str, fix: str) -> None:
+    """Raise ``Wrong`` unless the number is right; name the mistake if it is one of the known ones."""
+    if not is_number(got):
+        raise Wrong(f"{case} you return {got!r}: expected a number", question, fix)
+    if not close_number(got, right):
+        note = known_slip(got, slips.items(), otherwise="this is none of the usual slips")
+        raise Wrong(f"{case} you get {got:,.6g} instead of {right:,.6g}: {note}", question, fix)
 
 
 def bound_seconds(candidate: Callable[[float, float, float, float], float], hint: int = 1) -> Report:
@@ -76,6 +103,179 @@ def intensity(candidate: Callable[[int, int, int, int], float], hint: int = 1) -
         ("a thin product in float64", lambda: compare(8, True)),
     ]
     return run_steps("operations per byte", steps, hint)
+
+
+@dataclass
+class Case:
+    """One layer with its saved tensors, and the right gradients."""
+
+    g: Tensor
+    x: Tensor
+    W: Tensor
+    A: Tensor
+    B: Tensor
+    h: Tensor
+    s: float
+
+    @property
+    def up(self) -> Tensor:
+        """The gradient of h without the scale, (r, tokens)."""
+        return self.B.T @ self.g.T
+
+    def arguments(self) -> tuple[Any, ...]:
+        return self.g, self.x, self.W, self.A, self.B, self.h, self.s
+
+
+def draw() -> Case:
+    """A layer of random shape: r < tokens < in ≠ out. With few tokens, forming B A always costs more than it saves."""
+    r, tokens = random.randint(2, 3), random.randint(4, 5)
+    inputs, outputs = random.sample(range(6, 13), 2)
+    shapes = [(tokens, outputs), (tokens, inputs), (outputs, inputs), (r, inputs), (outputs, r)]
+    g, x, W, A, B = (normal(*shape) for shape in shapes)
+    return Case(g, x, W, A, B, A @ x.T, random.uniform(1.3, 2.7))
+
+
+def multiplications(operations: Operations) -> int:
+    """How many multiplications the matrix products took."""
+    products = [seen for seen in operations.seen if seen[0] in ("mm", "addmm", "addmm_", "bmm")]
+    factors = [[arg for arg in args if isinstance(arg, Tensor)] for _, args, _ in products]
+    return sum(result.numel() * each[-1].shape[-2] for each, (_, _, result) in zip(factors, products, strict=True))
+
+
+def written(operations: Operations, rows: int, columns: int, known: tuple[Any, ...]) -> int:
+    """How many matrices of this shape, or transposed, were written beside the known tensors."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in known if isinstance(tensor, Tensor)}
+    results = [result for _, _, result in operations.seen if isinstance(result, Tensor)]
+    fitting = [result for result in results if tuple(result.shape) in ((rows, columns), (columns, rows))]
+    return len({result.untyped_storage().data_ptr() for result in fitting} - own)
+
+
+def called(candidate: Backward, case: Case, need_x: bool = True) -> tuple[Any, Tensor, Tensor]:
+    """What the learner's function returns, if it is three things."""
+    got = candidate(*case.arguments(), need_x)
+    if not is_several(got, 3):
+        raise Wrong(f"you return {type(got).__name__}: expected three gradients", "For which three tensors?", FIX)
+    return got[0], got[1], got[2]
+
+
+def fused_backward(candidate: Backward, hint: int = 1) -> Report:
+    """Exercise B1: ``candidate(g, x, W, A, B, h, s, need_x=True)`` returns the gradients of x, A and B."""
+
+    def compare(name: str, got: Tensor | None, right: Tensor, slips: list[tuple[Tensor, str]], question: str) -> None:
+        if not is_tensor(got, right.shape):
+            symptom = f"the gradient of {name} is {shape_or_type(got)}, and {name} is {tuple(right.shape)}"
+            turned = isinstance(got, Tensor) and is_transposed(got.shape, right.shape)
+            raise Wrong(symptom + (": it is transposed" if turned else ""), question, FIX)
+        if not close(got, right):
+            note = known_slip(got, slips, close, "it is none of the usual slips")
+            raise Wrong(f"the gradient of {name} is off by {off_by(got, right):.0%} of its size: {note}", question, FIX)
+
+    def of_A() -> None:
+        case = draw()
+        right = case.s * case.up @ case.x
+        slips = scale_slips(right, case.s)
+        compare("A", called(candidate, case)[1], right, slips, "∂L/∂A = s · (Bᵀ gᵀ) x: where does s come in, once?")
+
+    def of_B() -> None:
+        case = draw()
+        right = case.s * case.g.T @ case.h.T
+        slips = scale_slips(right, case.s)
+        compare("B", called(candidate, case)[2], right, slips, "∂L/∂B = s · gᵀ hᵀ, with h as (r, tokens). And yours?")
+
+    def of_x() -> None:
+        case = draw()
+        base, update = case.g @ case.W, case.up.T @ case.A
+        slips = [
+            (base, "the adapter's part is missing"),
+            (case.s * update, "the frozen weight's part is missing"),
+            (base + update, "the scale s is missing in the adapter's part"),
+            (base + case.s**2 * update, "the scale s is twice in the adapter's part"),
+            (case.s * (base + update), "the frozen weight's part is not scaled"),
+        ]
+        right = base + case.s * update
+        compare("x", called(candidate, case)[0], right, slips, "Through which two paths did x reach the output?")
+
+    def finite_differences() -> None:
+        case = draw()
+
+        class Layer(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+                h = A @ x.T
+                ctx.save_for_backward(x, A, B, h)
+                return (x @ case.W.T).addmm_(h.T, B.T, alpha=case.s)
+
+            @staticmethod
+            def backward(ctx: Any, g: Tensor) -> Any:
+                x, A, B, h = ctx.saved_tensors
+                return tuple(candidate(g, x, case.W, A, B, h, case.s, True))
+
+        leaves = [tensor.clone().requires_grad_() for tensor in (case.x, case.A, case.B)]
+        if not torch.autograd.gradcheck(Layer.apply, leaves, raise_exception=False):
+            raise Wrong(
+                "as the backward pass of an autograd function it fails torch.autograd.gradcheck",
+                "Does your function give the same when it is called a second time?",
+                FIX,
+            )
+
+    def unchanged() -> None:
+        case = draw()
+        before = [tensor.clone() for tensor in case.arguments()[:-1]]
+        called(candidate, case)
+        for name, old, new in zip("gxWABh", before, case.arguments()[:-1], strict=True):
+            if not torch.equal(old, new):
+                raise Wrong(
+                    f"your function writes into {name}, which it was given: a second backward pass would get it wrong",
+                    "Which of your in-place operations has a tensor on its left that you did not make?",
+                    FIX,
+                )
+
+    def skipped() -> None:
+        case = draw()
+        with Operations() as seen:
+            gx, _, _ = called(candidate, case, need_x=False)
+        (tokens, inputs), outputs, r = case.x.shape, len(case.W), len(case.A)
+        question = "Who asks for the gradient of the first layer's input?"
+        if gx is not None:
+            raise Wrong("with need_x=False you return a gradient for x: expected None", question, FIX)
+        if multiplications(seen) >= tokens * inputs * outputs + tokens * r * (inputs + 2 * outputs):
+            raise Wrong("with need_x=False you still compute the large product g @ W", question, FIX)
+
+    def moved() -> None:
+        case = draw()
+        with Operations() as seen:
+            called(candidate, case)
+        (tokens, inputs), outputs, r = case.x.shape, len(case.W), len(case.A)
+        enough = tokens * inputs * outputs + tokens * r * (2 * inputs + 2 * outputs)
+        if (taken := multiplications(seen)) > enough:
+            raise Wrong(
+                f"your products take {taken:,} multiplications; {enough:,} are enough",
+                "Do you compute h again, or B A as a whole?",
+                FIX,
+            )
+        if written(seen, tokens, outputs, case.arguments()):
+            raise Wrong(
+                f"you write a tensor of g's size, {tokens} × {outputs}: that is traffic which a smaller one spares",
+                "Which tensor with r numbers a token could take the scale s?",
+                FIX,
+            )
+        if (number := written(seen, tokens, inputs, case.arguments())) > 1:
+            raise Wrong(
+                f"you write {number} tensors of x's size, {tokens} × {inputs}: one is enough",
+                "Which operation adds a product onto a tensor that is already there?",
+                FIX,
+            )
+
+    steps = [
+        ("the gradient of A", of_A),
+        ("the gradient of B", of_B),
+        ("the gradient of x", of_x),
+        ("what was given is left as it was", unchanged),
+        ("against finite differences", finite_differences),
+        ("without a gradient of x the large product is skipped", skipped),
+        ("no product and no large tensor too many", moved),
+    ]
+    return run_steps("fused backward pass", steps, hint)
 
 
 def bytes_sent(candidate: Callable[..., float], hint: int = 1) -> Report:
@@ -201,18 +401,3 @@ def expected_ratio(candidate: Callable[[Work, Work, float, float], float], hint:
 
     steps = [("the same operations, fewer bytes", less), ("one operation less", fewer)]
     return run_steps("the expected ratio", steps, hint)
-
-
-def require(got: float, right: float, slips: Mapping[float, str], case: str, question: str, fix: str) -> None:
-    """Raise ``Wrong`` unless the number is right; name the mistake if it is one of the known ones."""
-    if not isinstance(got, int | float):
-        raise Wrong(f"{case} you return {got!r}: expected a number", question, fix)
-    if not close(got, right):
-        known = (words for value, words in slips.items() if close(got, value) and not close(value, right))
-        note = next(known, "this is none of the usual slips")
-        raise Wrong(f"{case} you get {got:,.6g} instead of {right:,.6g}: {note}", question, fix)
-
-
-def close(a: float, b: float) -> bool:
-    """Equal to rounding."""
-    return abs(a - b) <= 1e-9 * max(abs(a), abs(b))
