@@ -63,35 +63,36 @@ def grade(
     time: Annotated[float, typer.Option("--time", min=1, help="Seconds that one notebook may take.")] = 180,
     memory: Annotated[float, typer.Option("--memory", min=0.1, help="GiB that one notebook may take.")] = 4,
     jobs: Annotated[int, typer.Option("--jobs", min=1, help="How many notebooks run at once.")] = os.cpu_count() or 1,
+    require_isolation: Annotated[
+        bool, typer.Option("--require-isolation", help="Run nothing where bubblewrap is missing or does not work.")
+    ] = False,
 ) -> None:
-    """Grade the notebooks of a class: run each apart from everything, and the course's own checks on what it defines.
+    """Grade the notebooks of a class: run each by itself, and the course's own checks on what it defines.
 
     Handed-in notebooks keep the name of their exercise and lie either in a folder for each student,
     DIR/STUDENT/03_lora_layer.ipynb (folders inside are fine), or flat, with two underscores after the student,
     DIR/STUDENT__03_lora_layer.ipynb. Files beside a notebook in a student's folder are there when it runs. Every other
     notebook is listed as not recognised.
 
-    A status is passed, failed, not done, error (the code crashed), timeout or memory. The page "Teaching with it" in
-    the book says what keeps submissions apart, and what does not.
+    A status is passed, failed, not done, error (the code crashed), timeout or memory. On Linux with bubblewrap (bwrap)
+    each notebook is isolated. The checks run in the student's own process, so a result can be forged: good for feedback
+    and homework. The page "Teaching with it" in the book says more.
     """
-    from lora_edu.course.grading.classroom import grade_class, plain, write_csv
-    from lora_edu.course.grading.sandbox import Limits
+    from lora_edu.course.grading import isolation
+    from lora_edu.course.grading.classroom import grade_class, handed_in, plain, write_csv
+    from lora_edu.course.grading.runner import Runner
+    from lora_edu.course.grading.watch import Limits
 
+    submissions, left = handed_in(folder)
     limits = Limits(seconds=time, memory=int(memory * 1024**3))
-    with _bar() as advance:
-        result = grade_class(folder, limits, jobs, lambda one, rows, total: advance(_line(rows), total))
-    _print_table(result.rows)
-    for path, reason in result.left:
-        console.print(f"not recognised: {plain(path.as_posix())} ({reason})", markup=False)
-    if result.weakness:
-        console.print(
-            f"note: this system has no jail for notebooks ({result.weakness}). Limits and a guard inside Python were "
-            "on; code that means harm could get past the guard. If that is a worry, grade in a container or a virtual "
-            "machine without a network.",
-            markup=False,
-        )
+    isolated = isolation.decide(lambda line: console.print(line, markup=False), require_isolation)
+    with _bar() as advance, Runner(jobs, isolated, hidden=[folder]) as runner:
+        rows = grade_class(submissions, runner, limits, lambda done: advance(_line(done), len(submissions)))
+    _print_table(rows)
+    for path, reason in left:
+        console.print(f"not recognised: {plain(path.as_posix())} ({plain(reason)})", markup=False)
     if csv:
-        write_csv(result.rows, csv)
+        write_csv(rows, csv)
         console.print(f"wrote {csv}", markup=False)
 
 

@@ -25,7 +25,7 @@ app.add_typer(lessons, name="lessons")
 app.add_typer(bases, name="bases")
 
 MARKS = {"good": "[green]✓[/]", "note": "[yellow]○[/]", "bad": "[red]✗[/]"}
-CHECK_MARKS = {"passed": "[green]✓[/]", "failed": "[red]✗[/]", "not done": "○"}
+CHECK_MARKS = {"passed": "[green]✓[/]", "not done": "○"}
 
 
 @app.command()
@@ -141,24 +141,32 @@ def full_run(
 
 @app.command()
 @friendly
-def check(name: Annotated[str, typer.Argument(help="Number, name or path; yours in work/ if it is there.")]) -> None:
-    """Run an exercise notebook and summarise what its checks say. The file is not changed."""
+def check(
+    name: Annotated[str, typer.Argument(help="Number, name or path; yours in work/ if it is there.")],
+    require_isolation: Annotated[
+        bool, typer.Option("--require-isolation", help="Run nobody else's notebook where bubblewrap does not work.")
+    ] = False,
+) -> None:
+    """Run an exercise notebook and summarise what its checks say. The file is not changed.
+
+    A notebook that is neither in work/ nor the course's own is run as lora-edu grade runs it.
+    """
     from lora_edu.course.grading.check import check_notebook
     from lora_edu.course.notebooks.work import exercise_to_check
 
     path = exercise_to_check(name)
-    reports, troubles = check_notebook(path)
-    reports = list({report["title"]: report for report in reports}.values())  # asked for again with a hint: the last
+    found = check_notebook(path, lambda line: console.print(line, markup=False), require_isolation)
     console.print(f"{path.stem} ({path.parent})", markup=False)
-    for report in reports:
-        words = f": {report['symptom']}" if report["status"] == "failed" else ""
-        console.print(f"{CHECK_MARKS[report['status']]} ", end="")
-        console.print(f"{report['title']} – {report['status']}{words}", markup=False)
-    for trouble in troubles:
+    for result in found.results:
+        console.print(f"{CHECK_MARKS.get(result.status, '[red]✗[/]')} ", end="")
+        console.print(f"{result.title} – {result.status}{': ' if result.words else ''}{result.words}", markup=False)
+        for line in result.hints:
+            console.print(f"  {line}", markup=False)
+    for trouble in found.troubles:
         console.print(f"✗ {trouble}", markup=False, style="red")
-    done = sum(report["status"] == "passed" for report in reports)
-    console.print(f"{done} of {len(reports)} passed")
-    if troubles or any(report["status"] == "failed" for report in reports):
+    passed = sum(result.status == "passed" for result in found.results)
+    console.print(f"{passed} of {len(found.results)} passed")
+    if found.troubles or any(result.status not in CHECK_MARKS for result in found.results):
         raise typer.Exit(1)
 
 

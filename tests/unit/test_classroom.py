@@ -1,11 +1,13 @@
-"""Grading a class: right and wrong answers get what they deserve, and no notebook harms the class or forges one."""
+"""Grading a class: right and wrong answers get what they deserve, and no notebook stops or harms the class."""
 
 import contextlib
 import csv
 import hashlib
 import os
 import shutil
-import threading
+import signal
+import subprocess
+import sys
 import time
 
 import psutil
@@ -15,19 +17,31 @@ from typer.testing import CliRunner
 
 from lora_edu.course.checks import CHECKS
 from lora_edu.course.cli import app
-from lora_edu.course.grading import classroom, sandbox
-from lora_edu.course.grading.marking import not_done
-from lora_edu.course.grading.sandbox import Limits
-from lora_edu.course.grading.submissions import checks_of, collect, reaching
+from lora_edu.course.grading import check, isolation, station
+from lora_edu.course.grading.classroom import LONGEST, grade_class, handed_in, write_csv
+from lora_edu.course.grading.client import Outcome
+from lora_edu.course.grading.runner import Runner
+from lora_edu.course.grading.submissions import checks_of, collect, line_up, reaching
+from lora_edu.course.grading.watch import Limits
 from lora_edu.course.notebooks.stored import EXERCISES, SOLUTIONS, list_notebooks, read, write
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="grading needs fork: Linux or macOS")
 NAME = "00_start_here"
-LIMITS = Limits(seconds=4, memory=1024**3, processes=16)
-MARK = f"lora-edu-test-{os.getpid()}"
+LIMITS = Limits(seconds=4, memory=1024**3, processes=16, file_bytes=64 * 1024**2)
 SECRET = "LORA_EDU_TEST_TOKEN"
-SAME = {"ben", "loop", "exit", "disk", "overwrites"}
+NO_ISOLATION = isolation.unavailable()
+needs_fork = pytest.mark.skipif(not station.FORKS, reason="stations without a warm process are tried by one test alone")
 
+FAKE_REPORT = """import json
+from IPython.display import publish_display_data
+for nonce in ("", None, "0" * 64):
+    report = {"nonce": nonce, "status": "passed", "title": "Softmax"}
+    publish_display_data({"application/vnd.lora-edu.report": json.dumps(report)})
+print("✓ the rows sum to 1\\nA1 softmax_by_hand passed")
+import os
+os.environ.update(LORA_EDU_REPORTS="reports.jsonl", LORA_EDU_CHECK_SEED="0")"""
+REPLACED_CHECK = """from lora_edu.course import checks
+checks.softmax_by_hand = lambda candidate, hint=1: checks.Report('softmax')
+checks.CHECKS['softmax_by_hand'] = checks.softmax_by_hand"""
 ONE_CELL = """from lora_edu.course import checks
 def softmax(logits):
     e = (logits - logits.max(dim=1, keepdim=True).values).exp()
@@ -35,59 +49,37 @@ def softmax(logits):
 checks.softmax_by_hand(softmax, hint=3)"""
 RIGHT = """    e = (logits - logits.max(dim=1, keepdim=True).values).exp()
     return e / e.sum(dim=1, keepdim=True)"""
-CHEAT = """from lora_edu.course import checks
-import lora_edu.course.checks.lesson_00 as lesson
-import torch
-checks.softmax_by_hand = lambda candidate, hint=1: checks.Report('softmax')
-checks.CHECKS['softmax_by_hand'] = checks.softmax_by_hand
-lesson.run_steps = lambda title, steps, hint=1: checks.Report(title)
-torch.allclose = torch.equal = lambda *a, **k: True"""
-GRADER = """import json
-import lora_edu.course.checks
-import lora_edu.course.grading.integrity as integrity
-import lora_edu.course.grading.marking as marking
-marking.Marker._check = lambda self, check: None
-marking.Marker._verdict = lambda self, check: ('passed', '')
-marking.not_done = lambda *a: a[0]
-integrity.Snapshot.restore.__code__ = (lambda self: []).__code__
-encode = json.JSONEncoder.encode
-json.JSONEncoder.encode = lambda self, value: encode(self, value).replace('not done', 'passed')
-lora_edu.course.checks.lesson_00.run_steps.__code__ = (
-    lambda title, steps, hint=1: lora_edu.course.checks.Report(title)
-).__code__
-lora_edu.course.checks.lesson_00.run_steps.__globals__['lora_edu'] = lora_edu"""
-INSIDE = """    import lora_edu.course.checks.report as report
-    report.Wrong.__init__ = lambda *a: None
-    return logits"""
-HOGS = """import os, time
-for _ in range(3): os.fork()
-x = b'x' * (300 << 20)
-time.sleep(9)"""
-LOOPBACK = """import socket
-with socket.create_server(('127.0.0.1', 0)) as server:
-    socket.create_connection(server.getsockname())"""
-FORGED = """import os
-for number in range(3, 64):
-    try:
-        os.write(number, LINE)
-    except OSError:
-        pass"""
-FORGED_REPORT = '{"report": "A1 softmax_by_hand", "nonce": "", "status": "passed", "symptom": ""}'
-ORPHAN = f"""import subprocess, sys
-code = "import os, time; os.setsid(); time.sleep(120)"
-subprocess.Popen([sys.executable, "-c", code, {MARK!r}], start_new_session=True)"""
-DETACHED = """import os, time
-if os.fork() == 0:
-    os.setsid()
-    if os.fork() == 0:
-        time.sleep(120)
-    os._exit(0)"""
 STUBBORN = """while True:
     try:
         while True:
             pass
     except BaseException:
         pass"""
+HOGS = """import os, time
+for _ in range(3): os.fork()
+x = b'x' * (300 << 20)
+time.sleep(9)"""
+FORKS = """import os, time
+for _ in range(100):
+    if os.fork() == 0:
+        os.setsid()
+        time.sleep(60)
+        os._exit(0)
+time.sleep(9)"""
+MANY_FILES = """for number in range(100):
+    with open(f"{number}", "wb") as file:
+        file.truncate(60 << 20)
+import time
+time.sleep(1)"""
+WARM_PROCESS = """import os, signal
+with open(f"/proc/{os.getppid()}/mem", "r+b") as memory:
+    memory.read(1)"""
+KILLS_IT = """import os, signal, time
+os.kill(os.getppid(), signal.SIGKILL)
+time.sleep(9)"""
+PLACES = "('.', '/tmp', '/dev/shm', os.path.expanduser('~'))"
+LEAVES = f"import os\nfor place in {PLACES}: open(f'{{place}}/left', 'w').write('the answer')"
+LOOKS = f"import os\nassert not [place for place in {PLACES} if os.path.exists(f'{{place}}/left')]"
 
 
 def solved(*, first="", softmax="", before_second=""):
@@ -110,80 +102,147 @@ def untouched(first="", later=""):
     return notebook
 
 
-def from_file(path):
+def reads(path):
     """Code that runs the answer in somebody else's notebook."""
     return f"import json\nexec(''.join(json.load(open({str(path)!r}))['cells'][3]['source']))"
 
 
-def hostile(folder):
-    """Student → notebook. These are tried in the jail, and again with the guard alone."""
-    return {
-        "ada": solved(),
-        "ben": untouched(),
-        "loop": solved(before_second="while True: pass"),
-        "stubborn": solved(before_second=STUBBORN),
-        "exit": solved(before_second="import os; os._exit(0)"),
-        "hog": solved(softmax="    return bytearray(8 << 30)"),
-        "many hogs": solved(before_second=HOGS),
-        "bomb": solved(before_second="import os\nwhile True: os.fork()"),
-        "disk": solved(first="with open('big', 'wb') as f:\n    while True: f.write(bytes(10**7))"),
-        "overwrites": untouched(CHEAT),
-        "knows the grader": untouched(GRADER),
-        "deletes": solved(
+# What each does, what is said of its two exercises, and whether it can be tried where nothing holds it but limits.
+# "status" alone: without any words of a cell that failed.
+HOSTILE = {
+    "ada": (lambda folder: solved(), "passed", "passed", True),
+    "ben": (lambda folder: untouched(), "not done", "not done", True),
+    "loop": (
+        lambda folder: solved(before_second="while True: pass"),
+        "passed",
+        "passed: took more than half of the time",
+        True,
+    ),
+    "stubborn": (lambda folder: solved(before_second=STUBBORN), "passed", "timeout: no end after 4 s in cell", False),
+    "hog": (lambda folder: solved(softmax="    return bytearray(8 << 30)"), "memory: MemoryError", "passed", True),
+    "hogs": (lambda folder: solved(before_second=HOGS), "passed", "memory: took more than 1 GiB in cell", True),
+    "forks": (lambda folder: solved(before_second=FORKS), "passed", "error: started more than 16 processes in", True),
+    "exits": (lambda folder: solved(before_second="import os; os._exit(0)"), "passed", "error: Python ended in", True),
+    "prints": (
+        lambda folder: solved(first="for _ in range(200): print('x' * 10**6)\nimport os; os.write(1, bytes(10**6))"),
+        "passed",
+        "passed",
+        True,
+    ),
+    "displays": (
+        lambda folder: solved(first="for _ in range(200): display({'text/plain': 'x' * 10**6}, raw=True)"),
+        "error: sent more than 64 MB",
+        "error: sent more than 64 MB",
+        False,
+    ),
+    "fills": (lambda folder: solved(before_second=MANY_FILES), "passed", "error: wrote too many or too large", False),
+    "deletes": (
+        lambda folder: solved(
             first=f"import os, shutil\nshutil.rmtree('.', True)\nshutil.rmtree({str(folder)!r}, True)\n"
             f"os.makedirs({str(folder / 'ada' / 'mallory')!r})"
         ),
-        "steals": untouched(later=from_file(folder / "ada" / f"{NAME}.ipynb")),
-        "solutions": untouched(later=from_file(SOLUTIONS / f"{NAME}.ipynb")),
-        "network": solved(first="import socket; socket.create_connection(('192.0.2.1', 80), timeout=2)"),
-        "loopback": solved(first=LOOPBACK),
-        "secrets": solved(first=f"import os\nassert {SECRET!r} not in os.environ"),
-        "home": solved(
-            first="from pathlib import Path\nassert Path.home().name == 'home' and not any(Path.cwd().iterdir())"
-        ),
-        "orphan": solved(first=ORPHAN),
-        "detached": solved(first=DETACHED),
-    }
+        "passed",
+        "passed",
+        False,
+    ),
+    "neighbour": (
+        lambda folder: untouched(later=reads(folder / "ada" / f"{NAME}.ipynb")),
+        "not done: FileNotFoundError",
+        "not done",
+        False,
+    ),
+    "solutions": (
+        lambda folder: untouched(later=reads(SOLUTIONS / f"{NAME}.ipynb")),
+        "not done: FileNotFoundError",
+        "not done",
+        False,
+    ),
+    "network": (
+        lambda folder: solved(first="import socket; socket.create_connection(('192.0.2.1', 80), timeout=2)"),
+        "passed: Network is unreachable",
+        "passed",
+        False,
+    ),
+    "warm": (lambda folder: solved(first=WARM_PROCESS), "passed: PermissionError", "passed", False),
+    "kills": (lambda folder: solved(before_second=KILLS_IT), "passed", "error: Python ended in cell", False),
+    "fakes": (lambda folder: untouched(FAKE_REPORT), "not done", "not done", True),
+    "replaces": (lambda folder: untouched(REPLACED_CHECK), "not done", "not done", True),
+    "secrets": (
+        lambda folder: solved(first=f"import os\nassert {SECRET!r} not in os.environ"),
+        "passed",
+        "passed",
+        True,
+    ),
+    "=1+1 [red]\x1b[2J": (lambda folder: solved(), "passed", "passed", True),
+    "zoe": (lambda folder: solved(), "passed", "passed", True),
+}
 
-
-def odd():
-    """Student → notebook, or the text of a file that is none."""
-    return {
-        "wrong": solved(softmax="    return logits.exp() / logits.exp().sum()"),
-        "crash": solved(softmax="    raise ValueError('no idea')", before_second="1 / 0"),
-        "syntax": solved(softmax="    return (logits"),
-        "slow answer": solved(softmax="    while True: pass"),
-        "sysexit": solved(softmax="    raise SystemExit"),
-        "segfault": solved(before_second="import ctypes; ctypes.string_at(0)"),
-        "shout": solved(first="for _ in range(200): print('x' * 10**6)"),
-        "inside": solved(softmax=INSIDE),
-        "prints": untouched("print('✓ the rows sum to 1\\nA1 softmax_by_hand passed')"),
-        "channel": untouched(f"LINE = b'{FORGED_REPORT}\\n'\n{FORGED}"),
-        "more time": solved(first="LINE = b'{\"ready\": true}\\n'\n" + FORGED),
-        "asks": solved(first="LINE = b'{\"ask\": 1}\\n' * 50_000\n" + FORGED),
-        "flood": solved(first="LINE = bytes(4_000_000)\n" + FORGED),
-        "seed": solved(
+# What is no notebook, or one that few would write.
+ODD = {
+    "wrong": (solved(softmax="    return logits.exp() / logits.exp().sum()"), "failed: row", "passed"),
+    "crash": (
+        solved(softmax="    raise ValueError('no idea')", before_second="1 / 0"),
+        "failed: your code raised ValueError: no idea",
+        "passed: raised ZeroDivisionError",
+    ),
+    "syntax": (solved(softmax="    return (logits"), "error: softmax is not there (cell", "passed"),
+    "slow answer": (solved(softmax="    while True: pass"), "timeout: took more than half", "passed"),
+    "sysexit": (solved(softmax="    raise SystemExit"), "error: raised SystemExit", "passed"),
+    "seed": (
+        solved(
             first="import os; os.environ.update(LORA_EDU_CHECK_SEED='0', LORA_EDU_REPORTS='x')",
             softmax=f"    assert not {{'LORA_EDU_CHECK_SEED', 'LORA_EDU_REPORTS'}} & set(os.environ)\n{RIGHT}",
         ),
-        "escapes": solved(softmax="    raise ValueError('\\x1b[2J=1+1 [bold]' + 'x' * 5000)"),
-        "one cell": new_notebook(cells=[new_code_cell(ONE_CELL)]),
-        "own file": solved(first="import mine\nassert open('mine.txt').read() == mine.text"),
-        "magics": solved(first="%matplotlib inline\n%timeit -n1 -r1 1 + 1\ndisplay(1)\nget_ipython()"),
-        "=cmd()": solved(),
-        "not json": "{",
-        "deep": '{"cells": ' + "[" * 200_000,
-        "no cells": "[]",
-        "no text": '{"cells": [{"cell_type": "code", "source": [1]}]}',
-        "half a letter": '{"cells": [{"cell_type": "code", "source": "x = \'\\ud800\'"}]}',
-    }
+        "passed",
+        "passed",
+    ),
+    "escapes": (
+        solved(softmax="    raise ValueError('\\x1b[2J=1+1 [bold]' + 'x' * 5000)"),
+        "failed: [2J=1+1 [bold]xxx",
+        "passed",
+    ),
+    "one cell": (
+        new_notebook(cells=[new_code_cell(ONE_CELL)]),
+        "passed",
+        "error: masked_cross_entropy is not there (no",
+    ),
+    "own file": (solved(first="import mine\nassert open('mine.txt').read() == mine.text"), "passed", "passed"),
+    "links": (solved(first="import os\nassert not os.path.lexists('mine.txt')"), "passed", "passed"),
+    "magics": (
+        solved(
+            first="%matplotlib inline\n%timeit -n1 -r1 1 + 1\ndisplay(1)\nget_ipython()\n"
+            "await __import__('asyncio').sleep(0)"
+        ),
+        "passed",
+        "passed",
+    ),
+    "uses the report": (
+        solved(first="from lora_edu.course import checks\nchecks.softmax_by_hand(1).status"),
+        "passed",
+        "passed",
+    ),
+    "not json": ("{", "error: not a notebook", "error: not a notebook"),
+    "deep": ('{"cells": ' + "[" * 200_000, "error: not a notebook", "error: not a notebook"),
+    "no cells": ("[]", "error: not a notebook", "error: not a notebook"),
+    "no text": ('{"cells": [{"cell_type": "code", "source": [1]}]}', "error: not a notebook", "error: not a notebook"),
+    "utf-16": ("{}".encode("utf-16"), "error: not a notebook", "error: not a notebook"),
+    "large": (b" " * (21 << 20), "error: larger than 20 MB", "error: larger than 20 MB"),
+    "half a letter": (
+        '{"cells": [{"cell_type": "code", "source": "x = \'\\ud800\'"}]}',
+        "error: softmax is not there",
+        "error: masked_cross_entropy is not there",
+    ),
+}  # fmt: skip
 
 
 def hand_in(folder, notebooks):
     for student, notebook in notebooks.items():
         path = folder / student / f"{NAME}.ipynb"
         path.parent.mkdir(parents=True)
-        path.write_text(notebook, encoding="utf-8") if isinstance(notebook, str) else write(notebook, path)
+        if isinstance(notebook, str | bytes):
+            path.write_bytes(notebook.encode() if isinstance(notebook, str) else notebook)
+        else:
+            write(notebook, path)
     return folder
 
 
@@ -192,214 +251,286 @@ def state(folder):
     return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-@pytest.fixture(scope="module")
-def box():
-    """One warm process for all tests; started as the command starts it."""
-    os.environ[SECRET] = "token"
-    with sandbox.Sandbox() as box:
-        yield box
-        thread, family = sleeping_submission(box)
-    _, alive = psutil.wait_procs(family, timeout=20)
-    thread.join(20)  # which removes the submission's folder
-    assert alive == []  # the sandbox's end, by Ctrl-C or by itself, is the end of all that it started
-    del os.environ[SECRET]
-
-
-def sleeping_submission(box):
-    """Start one that would sleep for a minute: the thread that waits for it, and its processes."""
-    arguments = ([(0, "import time; time.sleep(60)")], [], Limits())
-    thread = threading.Thread(target=box.run, args=arguments, daemon=True)
-    thread.start()
-    family, deadline = [], time.monotonic() + 20
-    while len(family) < 2 and time.monotonic() < deadline:  # the supervisor and the submission
-        time.sleep(0.1)
-        family = psutil.Process(box.process.pid).children(recursive=True)
-    assert len(family) == 2
-    return thread, family
-
-
-@pytest.fixture(autouse=True)
-def _shared(box, monkeypatch):
-    share(box, monkeypatch)
-
-
-def share(box, patch):
-    def borrow(hidden, protection="jail"):
-        box.hidden, box.protection = [*sandbox.HIDDEN, *hidden], protection
-        return contextlib.nullcontext(box)
-
-    patch.setattr(classroom, "Sandbox", borrow)
-
-
-def graded(box, folder, protection="jail", limits=LIMITS):
-    with pytest.MonkeyPatch.context() as patch:
-        share(box, patch)
-        result = classroom.grade_class(folder, limits, 2, lambda *_: None, protection=protection)
+def graded(runner, folder, limits=LIMITS):
     table = {}
-    for row in result.rows:
-        table.setdefault(row.student, []).append((row.status, row.symptom))
+    for row in grade_class(handed_in(folder)[0], runner, limits, lambda rows: None):
+        table.setdefault(row.student, []).append(row)
     return table
 
 
-def hostile_class(box, folder, protection):
-    notebooks = hostile(folder)
-    if protection == "guard":  # what the guard and the supervisor do differently without a jail
-        notebooks = {student: notebooks[student] for student in notebooks if student not in SAME}
-    hand_in(folder, notebooks)
-    before = state(folder)
-    return graded(box, folder, protection), before, state(folder)
+def processes():
+    """All that came from this one, but what was there before the tests."""
+    return {one for one in psutil.Process().children(recursive=True) if one.status() != psutil.STATUS_ZOMBIE}
 
 
 @pytest.fixture(scope="module")
-def jail_class(box, tmp_path_factory):
-    if box.weakness:
-        pytest.skip(f"no jail on this system: {box.weakness}")
-    return hostile_class(box, tmp_path_factory.mktemp("jail"), "jail")
+def secret():
+    os.environ[SECRET] = "token"
+    yield
+    del os.environ[SECRET]
 
 
 @pytest.fixture(scope="module")
-def guard_class(box, tmp_path_factory):
-    return hostile_class(box, tmp_path_factory.mktemp("guard"), "guard")
+def runner(secret):
+    """Stations for all tests, without isolation."""
+    with Runner(jobs=2) as runner:
+        yield runner
+    assert not any(one.folder.exists() for one in runner.stations)
 
 
 @pytest.fixture(scope="module")
-def odd_class(box, tmp_path_factory):
-    folder = hand_in(tmp_path_factory.mktemp("odd"), odd())
+def isolated(secret):
+    """The same, in bubblewrap."""
+    if NO_ISOLATION:
+        pytest.skip(f"no isolation on this machine: {NO_ISOLATION}")
+    with Runner(jobs=2, isolated=True) as runner:
+        yield runner
+
+
+def hostile_class(runner, folder):
+    students = {name: row for name, row in HOSTILE.items() if runner.isolated or row[-1]}
+    hand_in(folder, {name: make(folder) for name, (make, *_) in students.items()})
+    before, here = state(folder), processes()
+    table = graded(runner, folder)
+    assert state(folder) == before  # also what was to be deleted
+    idle = {process for one in runner.idle for process in one.resident}
+    left = processes() - here - idle
+    assert not left, [process.cmdline() for process in left]
+    return table
+
+
+@pytest.fixture(scope="module")
+def isolated_class(isolated, tmp_path_factory):
+    return hostile_class(isolated, tmp_path_factory.mktemp("isolated"))
+
+
+@pytest.fixture(scope="module")
+def bare_class(runner, tmp_path_factory):
+    return hostile_class(runner, tmp_path_factory.mktemp("bare"))
+
+
+@pytest.fixture(scope="module")
+def odd_class(runner, tmp_path_factory):
+    folder = hand_in(tmp_path_factory.mktemp("odd"), {name: notebook for name, (notebook, *_) in ODD.items()})
     (folder / "own file" / "mine.txt").write_text("my own text")
     (folder / "own file" / "mine.py").write_text("text = 'my own text'")
-    return graded(box, folder)
+    (folder / "links" / "mine.txt").symlink_to(folder / "own file" / "mine.txt")
+    (folder / "links" / "mine").symlink_to(folder / "own file")
+    return graded(runner, folder)
 
 
-HOSTILE = [
-    ("ada", "passed", "passed"),
-    ("ben", "not done", "not done"),
-    ("loop", "passed", "passed: took more than half of the time"),
-    ("stubborn", "passed", "timeout: no end after 4 s in cell"),
-    ("exit", "passed", "error: Python ended in cell"),
-    ("hog", "memory: raised MemoryError", "passed"),
-    ("many hogs", "passed", "memory: took more than 1 GiB in cell"),
-    ("bomb", "passed", "error: started more than 16 processes in cell"),
-    ("disk", "passed: cell 2 ", "passed"),
-    ("overwrites", "not done: replaced lora_edu.course.checks", "not done"),
-    ("knows the grader", "not done: replaced lora_edu.course.", "not done"),
-    ("deletes", "passed: Error", "passed"),
-    ("steals", "not done: Error", "not done"),
-    ("solutions", "not done: Error", "not done"),
-    ("network", "passed: Error", "passed"),
-    ("loopback", "passed", "passed"),
-    ("secrets", "passed", "passed"),
-    ("home", "passed", "passed"),
-    ("detached", "passed", "passed"),
-]
+def assert_graded(rows, *expected):
+    for row, wanted in zip(rows, expected, strict=True):
+        status, _, words = wanted.partition(": ")
+        assert row.status == status, row.symptom
+        assert words in row.symptom
+        assert row.symptom.isprintable()
+        assert len(row.symptom) <= LONGEST
+        if wanted == "passed":
+            assert "raised" not in row.symptom, row.symptom  # no cell failed: what it looked for was not there
 
 
-def assert_graded(rows, first, second):
-    for (status, symptom), wanted in zip(rows, (first, second), strict=True):
-        expected, _, words = wanted.partition(": ")
-        assert status == expected, symptom
-        assert words in symptom
-        assert symptom.isprintable()
-        assert len(symptom) <= classroom.LONGEST
-        if not words:
-            assert "raised" not in symptom, symptom  # no cell of it failed: what it looked for was not there
+@needs_fork
+@pytest.mark.parametrize("student", HOSTILE)
+def test_hostile_and_isolated(isolated_class, student):
+    assert_graded(isolated_class[" ".join(student.replace("\x1b", " ").split())], *HOSTILE[student][1:3])
 
 
-@pytest.mark.parametrize(("student", "first", "second"), HOSTILE, ids=lambda value: value.partition(":")[0])
-def test_hostile_in_the_jail(jail_class, student, first, second):
-    assert_graded(jail_class[0][student], first, second)
+@needs_fork
+@pytest.mark.parametrize("student", [name for name, row in HOSTILE.items() if row[-1]])
+def test_hostile_without_isolation(bare_class, student):
+    assert_graded(bare_class[" ".join(student.replace("\x1b", " ").split())], *HOSTILE[student][1:3])
 
 
-@pytest.mark.parametrize(
-    ("student", "first", "second"),
-    [row for row in HOSTILE if row[0] not in SAME],
-    ids=lambda value: value.partition(":")[0],
-)
-def test_hostile_with_the_guard(guard_class, student, first, second):
-    assert_graded(guard_class[0][student], first, second)
+@needs_fork
+@pytest.mark.parametrize("student", ODD)
+def test_odd(odd_class, student):
+    assert_graded(odd_class[student], *ODD[student][1:])
 
 
-@pytest.mark.parametrize("protection", ["jail", "guard"])
-def test_nothing_outside_was_changed(request, protection):
-    _, before, after = request.getfixturevalue(f"{protection}_class")
-    assert after == before
+@needs_fork
+def test_nothing_passes_from_one_student_to_the_next(isolated):
+    with Runner(isolated=True) as other:
+        other.idle = [isolated.idle[0]]  # one station, for both
+        for source in (LEAVES, LOOKS):
+            outcome = other.run([(0, source)], [], LIMITS)
+            assert (outcome.ended, outcome.troubles) == ("ended", [])
 
 
-@pytest.mark.parametrize("protection", ["jail", "guard"])
-def test_no_process_is_left(request, box, protection):
-    request.getfixturevalue(f"{protection}_class")
-    time.sleep(0.2)
-    own, since = box.process.args, psutil.Process(box.process.pid).create_time()
-    left = [
-        process.pid
-        for process in psutil.process_iter(["cmdline", "status", "create_time"])
-        if process.info["status"] != psutil.STATUS_ZOMBIE
-        and process.pid != box.process.pid
-        and process.info["create_time"] >= since
-        and (process.info["cmdline"] == own or MARK in (process.info["cmdline"] or []))
-    ]
-    assert left == []
-
-
-@pytest.mark.parametrize(("protection", "refused"), [("jail", False), ("guard", True)])
-def test_other_programs(request, protection, refused):
-    status, symptom = request.getfixturevalue(f"{protection}_class")[0]["orphan"][0]
-    assert status == "passed"
-    assert ("PermissionError" in symptom) == refused
-
-
-@pytest.mark.parametrize(
-    ("student", "first", "second"),
-    [
-        ("wrong", "failed: row", "passed"),
-        ("crash", "failed: your code raised ValueError: no idea", "passed: raised ZeroDivisionError"),
-        ("syntax", "error: softmax is not there (cell", "passed"),
-        ("slow answer", "timeout: took more than half", "passed"),
-        ("sysexit", "error: raised SystemExit", "passed"),
-        ("segfault", "passed", "error: Python ended in cell"),
-        ("shout", "passed", "passed"),
-        ("inside", "error: was changed while the check ran", "passed"),
-        ("prints", "not done", "not done"),
-        ("channel", "error: the notebook wrote to the grader's own channel", "error: the notebook wrote to"),
-        ("more time", "error: the notebook wrote to the grader's own channel", "error: the notebook wrote to"),
-        ("asks", "error: the notebook wrote to the grader's own channel", "error: the notebook wrote to"),
-        ("flood", "error: grader", "error: grader"),
-        ("seed", "passed", "passed"),
-        ("escapes", "failed: [2J=1+1 [bold]xxx", "passed"),
-        ("one cell", "passed", "error: masked_cross_entropy is not there (no cell defines it)"),
-        ("own file", "passed", "passed"),
-        ("magics", "passed", "passed"),
-        ("=cmd()", "passed", "passed"),
-        ("not json", "error: not a notebook", "error: not a notebook"),
-        ("deep", "error: not a notebook", "error: not a notebook"),
-        ("no cells", "error: not a notebook", "error: not a notebook"),
-        ("no text", "error: not a notebook", "error: not a notebook"),
-        ("half a letter", "error: softmax is not there", "error: masked_cross_entropy is not there"),
-    ],
-)
-def test_odd(odd_class, student, first, second):
-    assert_graded(odd_class[student], first, second)
-
-
-@pytest.mark.parametrize("protection", ["jail", "guard"])
-def test_all_solutions_pass(box, tmp_path, protection):
+@needs_fork
+def test_all_solutions_pass(request, tmp_path):
+    runner = request.getfixturevalue("runner" if NO_ISOLATION else "isolated")
     (tmp_path / "ada").mkdir()
     for path in list_notebooks(SOLUTIONS):
         shutil.copy(path, tmp_path / "ada" / path.name)
-    with pytest.MonkeyPatch.context() as patch:
-        share(box, patch)
-        result = classroom.grade_class(tmp_path, Limits(), 2, lambda *_: None, protection=protection)
-    assert len(result.rows) == sum(len(checks_of(path)) for path in list_notebooks(EXERCISES))
-    assert [row for row in result.rows if (row.status, row.symptom) != ("passed", "")] == []
+    rows = graded(runner, tmp_path, Limits())["ada"]
+    assert len(rows) == sum(len(checks_of(path)) for path in list_notebooks(EXERCISES))
+    assert [row for row in rows if (row.status, row.symptom) != ("passed", "")] == []
+
+
+def test_kernels_that_jupyter_starts(tmp_path, monkeypatch):
+    """As on Windows and macOS: no fork, no warm process."""
+    monkeypatch.setattr(station, "FORKS", False)
+    with Runner() as runner:
+        table = graded(runner, hand_in(tmp_path, {"ada": solved(before_second="while True: pass")}))
+    assert_graded(table["ada"], "passed", "passed: took more than half")
+
+
+@needs_fork
+def test_ctrl_c_leaves_nothing(tmp_path):
+    hand_in(tmp_path / "class", {"ada": solved(first="import time; time.sleep(60)")})
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-m", "lora_edu.course.cli", "grade", str(tmp_path / "class"), "--jobs", "1"]
+    grader = psutil.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("lora-edu-*/sockets/kernel.json")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(0.5)
+    family = grader.children(recursive=True)
+    assert len(family) >= 2  # the warm process and the kernel
+    grader.send_signal(signal.SIGINT)
+    assert grader.wait(20) != 0
+    _, alive = psutil.wait_procs(family, timeout=5)
+    assert alive == []
+    assert list(tmp_path.glob("lora-edu-*")) == []
+
+
+# What is said about isolation.
+
+
+def borrow(runner, patch):
+    """Let the commands use these stations."""
+    place = "lora_edu.course.grading.runner.Runner"
+    patch.setattr(place, lambda *_, **__: contextlib.nullcontext(runner))
+    patch.setattr(check, "Runner", lambda *_, **__: contextlib.nullcontext(runner))
+
+
+@pytest.fixture
+def nothing_runs(monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("something was run")
+
+    monkeypatch.setattr("lora_edu.course.grading.runner.Runner", refuse)
+    monkeypatch.setattr(check, "Runner", refuse)
+
+
+@pytest.fixture
+def no_bwrap(monkeypatch, tmp_path):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+
+
+@needs_fork
+def test_a_lack_of_isolation_is_said_first(tmp_path, runner, monkeypatch, no_bwrap):
+    borrow(runner, monkeypatch)
+    hand_in(tmp_path / "class", {"ada": solved()})
+    result = CliRunner().invoke(app, ["grade", str(tmp_path / "class")])
+    assert result.exit_code == 0
+    first, second, *_ = result.output.splitlines()
+    assert first.startswith(
+        "no isolation: bubblewrap (bwrap) was not found (apt install bubblewrap). Notebooks run with"
+    )
+    assert second == f"ada, {NAME}: 2 of 2 passed"
+
+
+@pytest.mark.parametrize("command", ["grade", "check"])
+def test_isolation_can_be_required(tmp_path, nothing_runs, no_bwrap, command):
+    hand_in(tmp_path / "class", {"ada": solved()})
+    place = tmp_path / "class" if command == "grade" else tmp_path / "class" / "ada" / f"{NAME}.ipynb"
+    result = CliRunner().invoke(app, [command, str(place), "--require-isolation"])
+    assert result.exit_code == 1
+    assert "--require-isolation: bubblewrap (bwrap) was not found (apt install bubblewrap); nothing" in result.stderr
+    assert result.stdout == ""
+
+
+def test_a_bubblewrap_that_fails(tmp_path, monkeypatch):
+    program = tmp_path / "bwrap"
+    program.write_text("#!/bin/sh\necho 'bwrap: setting up uid map: Permission denied' >&2\nexit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(sys, "platform", "linux")
+    words = "bubblewrap does not work here (bwrap: setting up uid map: Permission denied)"
+    assert isolation.unavailable() == words
+
+
+def test_submissions_inside_what_notebooks_see_are_covered(tmp_path, monkeypatch):
+    monkeypatch.setenv("LORA_EDU_DATA", str(tmp_path))
+    assert f"--tmpfs {tmp_path}/class" in " ".join(isolation.sandbox(tmp_path, [tmp_path / "class"]))
+    assert "--tmpfs" not in isolation.sandbox(tmp_path, [tmp_path.parent / "class"])
+
+
+# lora-edu check
+
+
+@needs_fork
+def test_checking_a_strangers_notebook(tmp_path, isolated, monkeypatch):
+    borrow(isolated, monkeypatch)
+    hand_in(
+        tmp_path, {"ada": solved(first=f"import os\nassert {SECRET!r} not in os.environ", softmax="    return logits")}
+    )
+    result = CliRunner().invoke(app, ["check", str(tmp_path / "ada" / f"{NAME}.ipynb")])
+    assert result.exit_code == 1
+    assert f"{NAME} ({tmp_path / 'ada'})" in result.output
+    assert "✗ Softmax – failed: some of your probabilities" in result.output
+    assert "✓ Masked cross-entropy – passed" in result.output
+    assert "1 of 2 passed" in result.output
+    assert "raised" not in result.output
+
+
+@needs_fork
+def test_checking_ones_own_notebook(tmp_path, runner, monkeypatch):
+    """It runs where it lies; a hint that it asks for is given."""
+    borrow(runner, monkeypatch)
+    monkeypatch.setattr(check, "WORK", tmp_path)
+    monkeypatch.setattr(isolation, "decide", None)
+    notebook = solved(first="open('left.txt', 'w').write('x')\n1 / 0", softmax="    return logits")
+    for cell in notebook.cells:
+        cell.source = cell.source.replace("checks.softmax_by_hand(softmax)", "checks.softmax_by_hand(softmax, hint=2)")
+    hand_in(tmp_path, {"exercises": notebook})
+    (tmp_path / "exercises" / f"{NAME}.ipynb").rename(tmp_path / "exercises" / f"{NAME} (1).ipynb")
+    result = CliRunner().invoke(app, ["check", str(tmp_path / "exercises" / f"{NAME} (1).ipynb")])
+    assert result.exit_code == 1
+    lines = result.output.splitlines()
+    assert lines[1].startswith("✗ Softmax – failed: some of your probabilities")
+    assert lines[2].startswith("  ")
+    assert lines[2].endswith("?")
+    assert lines[3:] == [
+        "✓ Masked cross-entropy – passed",
+        "✗ cell 2 raised ZeroDivisionError: division by zero",
+        "1 of 2 passed",
+    ]
+    assert (tmp_path / "exercises" / "left.txt").exists()
+
+
+def test_whose_notebook_it_is(tmp_path):
+    assert check.is_own(check.WORK / "exercises" / "00.ipynb")
+    assert check.is_own(EXERCISES / f"{NAME}.ipynb")
+    assert not check.is_own(tmp_path / "00.ipynb")
+    (tmp_path / "work").symlink_to(check.WORK)
+    assert not check.is_own(check.WORK / ".." / "00.ipynb")
+
+
+# Collecting, and the table.
 
 
 @pytest.mark.parametrize("path", list_notebooks(EXERCISES), ids=lambda path: path.stem)
 def test_checks_of_an_exercise(path):
+    def not_done(*_, **__):
+        raise NotImplementedError
+
     checks = checks_of(path)
     assert {check.name for check in checks} <= CHECKS.keys()
     assert len({check.label for check in checks}) == len(checks) > 0
     assert all(check.arguments and check.label[0] in "ABC" for check in checks)
-    for check in checks:
-        assert CHECKS[check.name](*[not_done] * len(check.arguments)).status == "not done"
+    for each in checks:
+        assert CHECKS[each.name](*[not_done] * len(each.arguments)).status == "not done"
+
+
+def test_where_a_check_is_called():
+    first, second = line_up(
+        checks_of(EXERCISES / f"{NAME}.ipynb"), [(0, ONE_CELL), (3, "checks . softmax_by_hand(\nf)")]
+    )
+    assert (first.after, first.hint, second.after) == (3, 1, None)
 
 
 def test_collecting(tmp_path):
@@ -446,13 +577,15 @@ def test_what_reaches_for_the_grader_is_named(source, named):
     assert [name.rstrip("= (") for name in reaching([(0, source)], EXERCISES / f"{NAME}.ipynb")] == named
 
 
-def test_the_command(tmp_path, box):
+@needs_fork
+def test_the_table(tmp_path, runner, monkeypatch):
+    borrow(runner, monkeypatch)
     hand_in(tmp_path / "class", {"ada": solved(), "=cmd()": untouched()})
-    (tmp_path / "class" / "stray.ipynb").write_text("{}")
+    (tmp_path / "class" / "stray\x1b.ipynb").write_text("{}")
     table = tmp_path / "out" / "class.csv"
     result = CliRunner().invoke(app, ["grade", str(tmp_path / "class"), "--csv", str(table), "--jobs", "2"])
     assert result.exit_code == 0, result.output
-    assert "not recognised: stray.ipynb" in result.output
+    assert "not recognised: stray .ipynb" in result.output
     assert "2 of 2" in result.output
     rows = list(csv.DictReader(table.open(encoding="utf-8")))
     assert list(rows[0]) == ["student", "notebook", "exercise", "status", "symptom", "seconds"]
@@ -463,14 +596,6 @@ def test_the_command(tmp_path, box):
         ("ada", "B1 masked_cross_entropy", "passed"),
     ]
     assert [path.name for path in table.parent.iterdir()] == ["class.csv"]
-
-
-def test_a_missing_jail_is_said(tmp_path, box, monkeypatch):
-    hand_in(tmp_path / "class", {"ada": solved()})
-    monkeypatch.setattr(box, "weakness", "unshare: Operation not permitted")
-    result = CliRunner().invoke(app, ["grade", str(tmp_path / "class")])
-    assert result.exit_code == 0
-    assert "no jail for notebooks (unshare: Operation not permitted)" in " ".join(result.output.split())
 
 
 @pytest.mark.parametrize(
@@ -490,22 +615,12 @@ def test_errors_are_one_line(tmp_path, make, words):
     assert len(result.stderr.strip().splitlines()) == 1
 
 
-def test_without_fork(monkeypatch):
-    monkeypatch.delattr(os, "fork")
-    with pytest.raises(RuntimeError, match="on Windows use WSL"):
-        sandbox.Sandbox()
-
-
-def test_a_dead_sandbox_is_an_error_of_each_row(tmp_path):
-    folder = hand_in(tmp_path / "class", {"ada": solved()})
-    (one,), _ = collect(folder)
-
-    class Dead:
-        def run(self, *_):
-            return sandbox.Outcome(words="the sandbox could not be used: [Errno 32] Broken pipe")
-
-    rows = classroom.grade_one(one, Dead(), LIMITS)
-    assert [(row.status, row.symptom[:31]) for row in rows] == [("error", "the sandbox could not be used: ")] * 2
+@needs_fork
+def test_a_station_that_does_not_start(tmp_path, monkeypatch):
+    monkeypatch.setattr(station, "sandbox", lambda *_: ["sh", "-c", "echo no room >&2"])
+    with Runner(isolated=True) as runner:
+        outcome = runner.run([], [], LIMITS)
+    assert outcome == Outcome(words="the process that runs notebooks does not answer: no room")
 
 
 def test_the_table_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -513,12 +628,12 @@ def test_the_table_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path.write_text("old")
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
-        classroom.write_csv([], path)
+        write_csv([], path)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("command", ["handout", "grade", "progress"])
+@pytest.mark.parametrize("command", ["handout", "grade", "check", "progress"])
 def test_help(command):
     result = CliRunner().invoke(app, [command, "--help"])
     assert result.exit_code == 0

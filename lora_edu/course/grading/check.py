@@ -1,34 +1,81 @@
-"""Run an exercise notebook and collect what its checks found."""
+"""``lora-edu check``: what the checks say about one notebook, one's own or a stranger's."""
 
-import json
-import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from lora_edu.course.notebooks.execute import execute
-from lora_edu.course.notebooks.stored import clear_outputs, read
+from lora_edu.course.grading import isolation
+from lora_edu.course.grading.classroom import missing, plain
+from lora_edu.course.grading.client import Verdict
+from lora_edu.course.grading.runner import Runner
+from lora_edu.course.grading.submissions import Check, checks_of, code_cells, line_up
+from lora_edu.course.grading.watch import Limits
+from lora_edu.course.notebooks.stored import EXERCISES, LESSONS, list_notebooks
+from lora_edu.course.notebooks.work import WORK
+
+LIMITS = Limits(seconds=600, memory=64 * 1024**3, file_bytes=4 * 1024**3)  # of one's own notebooks
+LONGEST = 1000  # characters of a line
 
 
-def check_notebook(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """Execute a notebook, going on after errors, and return its checks' reports and the errors of other cells.
+@dataclass(frozen=True)
+class Result:
+    """What one check says: its title, the status, what is wrong, and the hints that the notebook asks for."""
 
-    Returns:
-        one dictionary a check, with the fields of ``checks.report.Report``; and one line for each cell that raised.
+    title: str
+    status: str
+    words: str
+    hints: list[str]
+
+
+@dataclass(frozen=True)
+class Checked:
+    """One notebook: what its checks say, and one line for each thing that went wrong in its other cells."""
+
+    results: list[Result]
+    troubles: list[str]
+
+
+def check_notebook(path: Path, say: Callable[[str], None] = print, require_isolation: bool = False) -> Checked:
+    """Run an exercise notebook, going on after errors. The file is not changed.
+
+    A notebook in ``work/``, or of the course itself, runs where it lies and sees the environment as it is. Any other
+    runs as ``lora-edu grade`` runs it.
+
+    Args:
+        path: the notebook.
+        say: prints the one line about isolation, where there is none.
+        require_isolation: refuse to run somebody else's notebook without.
+
+    Raises:
+        NotebookError: if it is none.
+        RuntimeError: if isolation is required and cannot be had.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        records = Path(folder) / "reports.jsonl"
-        notebook = execute(
-            clear_outputs(read(path)),
-            path.parent,
-            path.stem,
-            extra_environment={"LORA_EDU_REPORTS": str(records)},
-            allow_errors=True,
-        )
-        lines = records.read_text(encoding="utf-8").splitlines() if records.exists() else []
-    troubles = [
-        f"cell {index} raised {output.ename}: {output.evalue}".split("\n")[0]
-        for index, cell in enumerate(notebook.cells)
-        for output in cell.get("outputs", [])
-        if output.output_type == "error"
-    ]
-    return [json.loads(line) for line in lines], troubles
+    cells = code_cells(path)
+    own = is_own(path)
+    checks = line_up(checks_of(exercise_of(path)), cells)
+    isolated = not own and isolation.decide(say, require_isolation)
+    with Runner(isolated=isolated, own=own, hidden=[path.parent]) as runner:
+        if own:
+            outcome = runner.run(cells, checks, LIMITS, folder=path.parent)
+        else:
+            outcome = runner.run(cells, checks, Limits(), files=path.parent)
+    results = [_result(check, outcome.verdicts.get(check.label) or missing(outcome)) for check in checks]
+    troubles = outcome.troubles if outcome.ended == "ended" else [*outcome.troubles, outcome.words]
+    return Checked(results, [plain(line, LONGEST) for line in troubles])
+
+
+def _result(check: Check, verdict: Verdict) -> Result:
+    words = "" if verdict.status in ("passed", "not done") else plain(verdict.symptom, LONGEST)
+    hints = [plain(text, LONGEST) for text in (verdict.question, verdict.fix)[: check.hint - 1] if text]
+    return Result(plain(verdict.title) or check.label, verdict.status, words, hints)
+
+
+def is_own(path: Path) -> bool:
+    """Whether a notebook is the learner's own copy, or the course's."""
+    path = path.resolve()
+    return path.is_relative_to(WORK.resolve()) or path.is_relative_to(LESSONS)
+
+
+def exercise_of(path: Path) -> Path:
+    """The course's exercise notebook whose name a file's name begins with ("03_lora_layer (1).ipynb"); else itself."""
+    return next((one for one in list_notebooks(EXERCISES) if path.stem.startswith(one.stem)), path)

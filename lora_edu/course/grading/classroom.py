@@ -1,4 +1,4 @@
-"""``lora-edu grade``: every notebook of a class through the sandbox, and one table of what came out."""
+"""``lora-edu grade``: every notebook of a class through the runner, and one table of what came out."""
 
 import csv
 import io
@@ -7,8 +7,10 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
-from lora_edu.course.grading.sandbox import Limits, Outcome, Sandbox
+from lora_edu.course.grading.client import Outcome, Verdict
+from lora_edu.course.grading.runner import Runner
 from lora_edu.course.grading.submissions import Submission, checks_of, code_cells, collect, line_up, reaching
+from lora_edu.course.grading.watch import Limits
 from lora_edu.course.notebooks.stored import EXERCISES, NotebookError
 from lora_edu.files import ROOT, write_atomically
 
@@ -27,32 +29,36 @@ class Row:
     seconds: float
 
 
-@dataclass(frozen=True)
-class Class:
-    """What grading a class gave: the rows, the notebooks left out with the reason, and why there was no jail, if so."""
-
-    rows: list[Row]
-    left: list[tuple[Path, str]]
-    weakness: str
-
-
 def grade_class(
-    folder: Path,
+    submissions: Iterable[Submission],
+    runner: Runner,
     limits: Limits,
-    jobs: int,
-    done: Callable[[Submission, list[Row], int], None],
+    done: Callable[[list[Row]], None],
     exercises: Path = EXERCISES,
-    protection: str = "jail",
-) -> Class:
-    """Grade every recognised notebook in a folder; whatever one of them does, the others are graded.
+) -> list[Row]:
+    """Grade every notebook that was handed in; whatever one of them does, the others are graded.
 
     Args:
-        folder: see ``submissions.collect``.
+        submissions: see ``handed_in``.
+        runner: runs them, as many at once as it has jobs.
         limits: what each notebook may take.
-        jobs: how many run at once.
-        done: called after each with the submission, its rows and how many there are in all.
+        done: called with the rows of each when it is graded.
         exercises: the course's exercise notebooks.
-        protection: see ``sandbox.Sandbox``.
+    """
+    rows: dict[Submission, list[Row]] = {}
+    pool = ThreadPoolExecutor(runner.jobs)
+    try:
+        running = {pool.submit(grade_one, one, runner, limits, exercises): one for one in submissions}
+        for future in as_completed(running):
+            rows[running[future]] = future.result()
+            done(future.result())
+    finally:  # after Ctrl-C nothing waits: the runner ends, and its notebooks with it
+        pool.shutdown(wait=False, cancel_futures=True)
+    return [row for one in running.values() for row in rows[one]]
+
+
+def handed_in(folder: Path, exercises: Path = EXERCISES) -> tuple[list[Submission], list[tuple[Path, str]]]:
+    """What ``submissions.collect`` finds, which must be something.
 
     Raises:
         NotebookError: if nothing was handed in there, or the folder holds the course itself.
@@ -64,53 +70,44 @@ def grade_class(
     if not submissions:
         reasons = f" ({left[0][0]}: {left[0][1]})" if left else ""
         raise NotebookError(f"{folder} holds no notebook that is recognised{reasons}")
-    rows: dict[Submission, list[Row]] = {}
-    with Sandbox([folder], protection) as sandbox:
-        pool = ThreadPoolExecutor(jobs)
-        try:
-            running = {pool.submit(grade_one, one, sandbox, limits, exercises): one for one in submissions}
-            for future in as_completed(running):
-                one = running[future]
-                rows[one] = future.result()
-                done(one, rows[one], len(submissions))
-        finally:  # after Ctrl-C nothing waits: the sandbox ends, and its submissions with it
-            pool.shutdown(wait=False, cancel_futures=True)
-    return Class([row for one in submissions for row in rows[one]], left, sandbox.weakness)
+    return submissions, left
 
 
-def grade_one(one: Submission, sandbox: Sandbox, limits: Limits, exercises: Path = EXERCISES) -> list[Row]:
+def grade_one(one: Submission, runner: Runner, limits: Limits, exercises: Path = EXERCISES) -> list[Row]:
     """The rows of one submission: one for each check of its exercise notebook, whatever the submission is or does."""
     exercise = exercises / f"{one.exercise}.ipynb"
     checks = checks_of(exercise)
     note = ""
     try:
         cells = code_cells(one.path)
-        outcome = sandbox.run(cells, line_up(checks, cells), limits, one.files)
+        outcome = runner.run(cells, line_up(checks, cells), limits, one.files)
         if reached := reaching(cells, exercise):
             note = f"read this notebook: it names {', '.join(reached)[:80]}"
     except Exception as error:  # whatever a file holds, it is this row's matter and no other's
         outcome = Outcome(words=str(error) if isinstance(error, OSError | NotebookError) else repr(error))
     rows = []
     for check in checks:
-        status, symptom, seconds = outcome.reports.get(check.label, missing(outcome))
-        if note and status == "passed":
-            symptom = f"{symptom}; {note}" if symptom else note
-        rows.append(Row(plain(one.student), one.exercise, check.label, status, plain(symptom), seconds))
+        verdict = outcome.verdicts.get(check.label, missing(outcome))
+        words = [verdict.symptom, *verdict.notes, note if verdict.status == "passed" else ""]
+        symptom = plain("; ".join(filter(None, words)))
+        rows.append(Row(plain(one.student), one.exercise, check.label, verdict.status, symptom, verdict.seconds))
     return rows
 
 
-def missing(outcome: Outcome) -> tuple[str, str, float]:
+def missing(outcome: Outcome) -> Verdict:
     """What is said of a check that gave no report: how the submission ended."""
-    if outcome.ended == "ended":
-        return "error", "the check did not report", 0.0
-    return outcome.ended, outcome.words, 0.0
+    return (
+        Verdict("error", "the check did not report")
+        if outcome.ended == "ended"
+        else Verdict(outcome.ended, outcome.words)
+    )
 
 
-def plain(text: str) -> str:
+def plain(text: str, longest: int = LONGEST) -> str:
     """One line of printable characters: a symptom may quote what a student wrote."""
     text = text.encode("utf-8", "replace").decode("utf-8")
     text = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
-    return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
+    return text if len(text) <= longest else text[: longest - 1] + "…"
 
 
 def write_csv(rows: Iterable[Row], path: Path) -> None:

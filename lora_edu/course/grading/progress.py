@@ -1,28 +1,25 @@
 """``lora-edu progress``: which exercises of a learner's own copy pass their checks, without touching the copy.
 
 A notebook that is as it was handed out is not run. The others run in a folder of their own, as ``lora-edu grade`` runs
-them but without the jail, and what came out is kept in ``.progress.json`` under a hash of all that it depends on.
+them but not isolated, and what came out is kept in ``.progress.json`` under a hash of all that it depends on.
 """
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_edu.course.grading.check import check_notebook
+from lora_edu.course.grading.check import LIMITS
 from lora_edu.course.grading.classroom import grade_one
-from lora_edu.course.grading.sandbox import Limits, Sandbox
+from lora_edu.course.grading.runner import Runner
 from lora_edu.course.grading.submissions import Submission, checks_of, code_cells
 from lora_edu.course.notebooks.runs import fingerprint
 from lora_edu.course.notebooks.stored import EXERCISES, NotebookError, list_notebooks, read, title
 from lora_edu.course.notebooks.work import WORK
-from lora_edu.files import ROOT
+from lora_edu.files import ROOT, write_atomically
 
 RECORD = ".progress.json"
-LIMITS = Limits(seconds=600, memory=64 * 1024**3, file_bytes=4 * 1024**3)
 
 
 @dataclass(frozen=True)
@@ -61,9 +58,8 @@ def standings(
         raise NotebookError(f"{folder} holds no exercise notebook: lora-edu lab puts copies into work/exercises/")
     known = _known(work)
     around = fingerprint((ROOT / "lora_edu").rglob("*.py"))
-    runner = _Runner()
     found, kept = [], {}
-    try:
+    with Runner(own=True) as runner:
         for source in sources:
             own, labels = folder / source.name, [check.label for check in checks_of(source)]
             statuses = ["not done"] * len(labels)
@@ -72,11 +68,11 @@ def standings(
                 old = known.get(source.stem, {})
                 if old.get("key") != key or len(old.get("statuses", [])) != len(labels):
                     say(source.stem)
-                    old = {"key": key, "statuses": runner.statuses(own, source, len(labels))}
+                    one = Submission("", source.stem, own, own.parent)
+                    rows = grade_one(one, runner, LIMITS, source.parent)
+                    old = {"key": key, "statuses": [row.status for row in rows]}
                 kept[source.stem], statuses = old, old["statuses"]
             found.append(Standing(source.stem, title(read(source)), list(zip(labels, statuses, strict=True))))
-    finally:
-        runner.close()
     _remember(work, kept)
     return found
 
@@ -84,26 +80,6 @@ def standings(
 def following(found: list[Standing]) -> tuple[str, str] | None:
     """The first exercise that does not pass yet, as (lesson, exercise); None when all do."""
     return next(((one.name, label) for one in found for label, status in one.exercises if status != "passed"), None)
-
-
-class _Runner:
-    """Starts the sandbox when the first notebook needs it; without fork (Windows) it runs a kernel for each."""
-
-    def __init__(self) -> None:
-        self.sandbox: Sandbox | None = None
-
-    def statuses(self, own: Path, source: Path, count: int) -> list[str]:
-        if not hasattr(os, "fork"):
-            reports, _ = check_notebook(own)
-            said = [report["status"] for report in reports]
-            return said if len(said) == count else [*said, *["not done"] * count][:count]
-        self.sandbox = self.sandbox or Sandbox(protection="none")
-        one = Submission("", source.stem, own, own.parent)
-        return [row.status for row in grade_one(one, self.sandbox, LIMITS, source.parent)]
-
-    def close(self) -> None:
-        if self.sandbox:
-            self.sandbox.__exit__()
 
 
 def _code(path: Path) -> list[str]:
@@ -121,7 +97,4 @@ def _known(work: Path) -> dict[str, dict]:
 
 
 def _remember(work: Path, kept: dict[str, dict]) -> None:
-    handle, temporary = tempfile.mkstemp(dir=work, prefix=RECORD, suffix=".tmp")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        json.dump(kept, file, indent=1, sort_keys=True)
-    os.replace(temporary, work / RECORD)
+    write_atomically(work / RECORD, json.dumps(kept, indent=1, sort_keys=True).encode())

@@ -3,17 +3,17 @@
 import ast
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from lora_edu.course.grading.marking import check_called
 from lora_edu.course.notebooks.stored import EXERCISES, NotebookError, list_notebooks, read
 
 RULE = "STUDENT/NN_name.ipynb (folders inside are fine) or STUDENT__NN_name.ipynb"
 SKIPPED = {".ipynb_checkpoints", "__MACOSX", ".git"}
 LARGEST = 20 * 1024**2
 CALL = re.compile(r"\bchecks\s*\.\s*(\w+)\s*\(")
+HINT = re.compile(r"\bhint\s*=\s*([123])\b")
 REACHES = re.compile(  # names that no exercise asks for, and that code needs to meddle with its grader
     r"\b_getframe\b|\bcurrentframe\b|\binspect\.stack\b|\bgc\.get_\w+|\bctypes\b|__code__|__globals__|__closure__"
     r"|__builtins__|\bsettrace\b|\bsetprofile\b|\baddaudithook\b|\bcourse\.checks\.report\b|\brun_steps\b|LORA_EDU_\w+"
@@ -33,11 +33,21 @@ class Submission:
 
 @dataclass(frozen=True)
 class Check:
-    """A check of an exercise notebook: its label ("A1 lora_forward"), its name, its arguments as they are written."""
+    """A check of an exercise notebook, and where a submission calls it.
+
+    Attributes:
+        label: the task's letter and the name, "A1 lora_forward".
+        name: its name.
+        arguments: as they are written.
+        after: the place of the last cell that calls it; None if no cell does.
+        hint: how much help that cell asks for.
+    """
 
     label: str
     name: str
-    arguments: list[str]
+    arguments: tuple[str, ...]
+    after: int | None = None
+    hint: int = 1
 
 
 def collect(folder: Path, exercises: Path = EXERCISES) -> tuple[list[Submission], list[tuple[Path, str]]]:
@@ -76,18 +86,35 @@ def collect(folder: Path, exercises: Path = EXERCISES) -> tuple[list[Submission]
 
 
 def checks_of(exercise: Path) -> list[Check]:
-    """The checks that an exercise notebook of the course calls, in their order, each under the task's letter."""
+    """The checks that an exercise notebook calls, in their order, each under the task's letter."""
     found, letter = [], ""
     for cell in read(exercise).cells:
         if cell.cell_type == "markdown":
             heading = re.search(r"^### ([A-Z]\d+)\b", cell.source, re.M)
             letter = heading[1] if heading else letter
         elif "check" in cell.metadata.get("tags", []):
-            for node in ast.walk(ast.parse(cell.source)):
-                if isinstance(node, ast.Call) and (name := check_called(node)):
-                    arguments = [ast.unparse(argument) for argument in node.args]
-                    found.append(Check(f"{letter} {name}".strip(), name, arguments))
+            for node in _calls(cell.source):
+                name = called_check(node)
+                found.append(Check(f"{letter} {name}".strip(), name, tuple(map(ast.unparse, node.args))))
     return found
+
+
+def _calls(source: str) -> Iterator[ast.Call]:
+    """The calls of checks in a cell; none if it is not plain Python."""
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError):
+        return
+    yield from (node for node in ast.walk(tree) if isinstance(node, ast.Call) and called_check(node))
+
+
+def called_check(node: ast.Call) -> str:
+    """The name in a call ``checks.name(…)``, or nothing."""
+    function = node.func
+    if not isinstance(function, ast.Attribute):
+        return ""
+    owner = function.value
+    return function.attr if "checks" in (getattr(owner, "id", ""), getattr(owner, "attr", "")) else ""
 
 
 def code_cells(path: Path) -> list[tuple[int, str]]:
@@ -110,13 +137,15 @@ def code_cells(path: Path) -> list[tuple[int, str]]:
     return texts
 
 
-def line_up(checks: list[Check], cells: list[tuple[int, str]]) -> list[dict[str, Any]]:
-    """Each check with the place of the last cell that calls it (None: no cell does, so it comes at the end)."""
-    places = {name: index for index, source in cells for name in CALL.findall(source)}
-    return [
-        {"exercise": check.label, "name": check.name, "arguments": check.arguments, "after": places.get(check.name)}
-        for check in checks
-    ]
+def line_up(checks: list[Check], cells: list[tuple[int, str]]) -> list[Check]:
+    """Each check with the place of the last cell that calls it, and the hint that this cell asks for."""
+    places = {name: (index, source) for index, source in cells for name in CALL.findall(source)}
+    lined = []
+    for check in checks:
+        place, source = places.get(check.name, (None, ""))
+        hint = HINT.search(source)
+        lined.append(replace(check, after=place, hint=int(hint[1]) if hint else 1))
+    return lined
 
 
 def reaching(cells: list[tuple[int, str]], exercise: Path) -> list[str]:
