@@ -55,7 +55,8 @@ def test_every_listed_job_is_recorded_once(name):
 def test_records_hold_together(name):
     record = read_record(name)
     assert record["defaults"] == experiments.DEFAULTS
-    assert record["command"] == f"python -m lora_edu.lab.recording.full_runs {name}"
+    # Where the module was at the commit that made them; it now lies in lora_edu/lab/recording.
+    assert record["command"] == f"python -m lora_edu.lab.full_runs {name}"
     for machine in record["machines"]:
         assert {"hardware", "precision", "date", "versions"} == machine.keys() - {"world_size", "commit"}  # added later
         assert {"python", "torch", "transformers", "accelerate"} == machine["versions"].keys()
@@ -202,9 +203,9 @@ def test_surroundings_name_the_commit_and_the_processes(monkeypatch):
 
 def test_without_a_repository_the_commit_is_unknown(monkeypatch, tmp_path):
     monkeypatch.delenv("LORA_EDU_COMMIT", raising=False)
-    module = tmp_path / "site-packages" / "lora_edu" / "lab" / "records.py"
-    module.parent.mkdir(parents=True)
-    monkeypatch.setattr(records, "__file__", str(module))
+    installed = tmp_path / "site-packages"
+    installed.mkdir()
+    monkeypatch.setattr(records, "ROOT", installed)
     assert records.commit() == "unknown"
     subprocess.run(["git", "init", "-q", tmp_path], check=True)  # that of another project, around this package
     subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-q", "--allow-empty", "-m", "other"],

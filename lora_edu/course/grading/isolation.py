@@ -57,10 +57,13 @@ def sandbox(folder: Path, hidden: Iterable[Path] = ()) -> list[str]:
         command += ["--symlink", os.readlink(path), str(path)] if link else ["--ro-bind-try", str(path), str(path)]
     for place in MACHINE:
         command += ["--ro-bind-try", place, place]
-    if not any(path.is_relative_to("/tmp") for path in seen):
-        command += ["--bind", f"{folder}/tmp", "/tmp"]
+    command += ["--bind", f"{folder}/tmp", "/tmp"]
+    for name in mounted_in_tmp():
+        command += ["--tmpfs", f"/tmp/{name}"]
     for path in seen:
         command += ["--ro-bind", str(path), str(path)]
+    for name in mounted_in_tmp():
+        command += ["--remount-ro", f"/tmp/{name}"]
     for path in (path.resolve() for path in hidden):
         if any(path.is_relative_to(place) for place in [*seen, *map(Path, SYSTEM)]):
             command += ["--tmpfs", str(path), "--remount-ro", str(path)]
@@ -77,6 +80,12 @@ def _needed() -> set[Path]:
     paths |= {ROOT / "lora_edu", data_folder().absolute(), cache_path().absolute()}
     paths |= {path.resolve() for path in paths}
     return {path for path in paths if not any(path.is_relative_to(place) for place in SYSTEM)}
+
+
+def mounted_in_tmp() -> set[str]:
+    """Names in a station's /tmp that have to stay: where the course itself lies in /tmp, it is mounted there."""
+    parts = [path.parts for path in _needed() if path.exists()]
+    return {names[2] for names in parts if names[:2] == ("/", "tmp") and len(names) > 2}
 
 
 def unavailable() -> str:

@@ -23,7 +23,7 @@ from typing import Any
 
 import psutil
 
-from lora_edu.course.grading.isolation import INSIDE, WRITABLE, clean_environment, sandbox
+from lora_edu.course.grading.isolation import INSIDE, WRITABLE, clean_environment, mounted_in_tmp, sandbox
 from lora_edu.course.notebooks.execute import environment
 
 FORKS = sys.platform == "linux"
@@ -61,8 +61,11 @@ class Station:
             (self.folder / name).mkdir()
         self.isolated, self.own, self.closed, self.base = isolated, own, False, 0
         self.environment = (environment() if own else clean_environment()) | {"MPLBACKEND": "Agg"}
+        if not own:  # where the course itself lies in /tmp, the sandbox has no other
+            self.environment["TMPDIR"] = str(self.inside / "tmp")
         self.process: Any = None  # a psutil.Popen
         self.kernel: psutil.Process | None = None
+        self.mounted = mounted_in_tmp() if isolated else set()
         self.resident: set[psutil.Process] = set()  # bubblewrap's processes and the warm one
         self.seen: set[psutil.Process] = set()  # the notebook's
         if FORKS:
@@ -163,6 +166,8 @@ class Station:
             for name in WRITABLE:
                 os.chmod(self.folder / name, 0o700)
                 for entry in os.scandir(self.folder / name):
+                    if name == "tmp" and entry.name in self.mounted:
+                        continue
                     shutil.rmtree(entry) if entry.is_dir(follow_symlinks=False) else os.unlink(entry)
         except (OSError, RecursionError):
             return False
