@@ -2,42 +2,48 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_edu.core.adapter import AdapterLayer, adapter_layers, innermost, named_places
-from lora_edu.core.config import AdapterConfig, InjectionContext, LoraConfig
-from lora_edu.core.matching import expand_targets, is_target, matches_names, near_names
-from lora_edu.core.parts import (
+from lora_edu.core.adapter import AdapterLayer, adapter_layers, innermost
+from lora_edu.core.config import AdapterConfig, InjectionContext, method_of
+from lora_edu.core.matching import expand_targets, is_target, matches_names, named_places, near_names
+from lora_edu.core.parts import ModuleCopy, Part, TrainedBias, with_task_head
+from lora_edu.core.refusals import check_is_called, check_is_here
+from lora_edu.core.state import (
     AdapterState,
-    PlannedCopy,
-    TrainedBias,
-    TrainedCopy,
+    activate,
     adapter_state,
-    biases_to_train,
-    extra_parameters,
-    planned_copies,
-    use_parts,
-    with_task_head,
+    injected_models,
+    trained_parameters,
+    unwrapped_model,
 )
 
 
 @dataclass(frozen=True)
 class InjectionReport:
-    """What ``inject`` did: the adapted modules by name, and the model's parameter counts afterwards."""
+    """What ``inject`` did: the adapted modules by name, and the model's parameter counts afterwards.
+
+    ``fast`` says how many of the layers have the fused form of lesson 24.
+    """
 
     replaced: list[str]
     trainable: int
     total: int
+    fast: int = 0
 
     def __str__(self) -> str:
+        fused = f", {self.fast} of them fused" if self.fast else ""
         return (
-            f"adapted {len(self.replaced)} layers; trainable {self.trainable:,} of {self.total:,} parameters "
+            f"adapted {len(self.replaced)} layers{fused}; trainable {self.trainable:,} of {self.total:,} parameters "
             f"({100 * self.trainable / self.total:.4f} %)"
         )
 
@@ -46,20 +52,20 @@ class InjectionReport:
 class Plan:
     """An injection that is worked out but not carried out: the model is still as it was."""
 
-    adapter_name: str
-    config: LoraConfig
+    config: Any
+    context: InjectionContext
     layers: dict[str, AdapterLayer]  # by original name, a shared module once
-    places: list[tuple[nn.Module, str, AdapterLayer]]  # (parent, attribute, layer), a shared module at each place
-    copies: list[PlannedCopy]
-    biases: list[TrainedBias]
+    spots: list[tuple[nn.Module, str, AdapterLayer]]  # (parent, attribute, layer), a shared module at each place
+    parts: list[Part]
 
 
 def inject(
     model: nn.Module,
-    config: LoraConfig,
+    config: AdapterConfig,
     adapter_name: str = "default",
     autocast_adapter_dtype: bool = True,
     fast: bool = False,
+    batches: Iterable[Any] | None = None,
 ) -> InjectionReport:
     """Wrap every layer that the config means in an adapter, in place, and freeze everything else.
 
@@ -67,10 +73,11 @@ def inject(
 
     Args:
         model: any model; its linear, Conv1D and embedding layers can be adapted.
-        config: which layers, which rank, which scale.
+        config: which layers, which rank, which scale. The model keeps a copy.
         adapter_name: a name without dots, new to this model.
         autocast_adapter_dtype: keep A and B in float32 where the base is in half precision.
-        fast: use the fused layers of lesson 21 where there are some: the same numbers up to rounding, in less time.
+        fast: use the fused layers of lesson 24 where there are some: the same numbers up to rounding, in less time.
+        batches: for a method whose start is computed from data; what the model is called with, as dictionaries.
 
     Raises:
         ValueError: no module fits (near names are listed), the name is taken, the model is a bare layer, an adapter
@@ -79,49 +86,72 @@ def inject(
 
     Built in lesson 04.
     """
+    model = model_to_inject(model, config, adapter_name)
+    context = InjectionContext(adapter_name, autocast_adapter_dtype)
     with trainability_kept_on_failure(model):
-        plan = plan_injection(model, config, adapter_name, autocast_adapter_dtype, fast)
+        prepare = getattr(config, "prepare", None) or (method_of(config).prepare if config.replaces_layers else None)
+        if prepare is not None:
+            if batches is None:
+                raise ValueError(
+                    f"{type(config).__name__} starts from data: pass batches=[...], what the model is called with"
+                )
+            context.shared |= prepare(model, batches)
+        plan = plan_injection(model, config, context)
+    fused = sum(make_fast(layer) for layer in plan.layers.values()) if fast else 0
     carry_out(model, plan)
     trainable, total = count_parameters(model)
-    return InjectionReport(list(plan.layers), trainable, total)
+    return InjectionReport(list(plan.layers), trainable, total, fused)
 
 
-def plan_injection(
-    model: nn.Module,
-    config: LoraConfig,
-    adapter_name: str = "default",
-    autocast_adapter_dtype: bool = True,
-    fast: bool = False,
-) -> Plan:
+_FAST_FORMS: list[Callable[[AdapterLayer], bool]] = []
+
+
+def register_fast_form(turn: Callable[[AdapterLayer], bool]) -> None:
+    """Make a way known to turn a layer into a faster form of itself; it returns whether it did."""
+    _FAST_FORMS.insert(0, turn)
+
+
+def make_fast(layer: AdapterLayer) -> bool:
+    """Turn a layer into its fast form, if there is one."""
+    return any(turn(layer) for turn in _FAST_FORMS)
+
+
+def plan_injection(model: nn.Module, config: Any, context: InjectionContext) -> Plan:
     """Find the targets and build their layers without putting them into the model."""
-    check_injection(model, config, adapter_name)
-    config = with_task_head(config, model)
-    if config.modules_to_save and hasattr(nn.ModuleDict, adapter_name):
+    config = copy.copy(with_task_head(config, model))
+    if config.modules_to_save and hasattr(nn.ModuleDict, context.adapter_name):
         raise ValueError(
-            f"adapter_name={adapter_name!r} is a word that PyTorch's ModuleDict uses itself: choose another"
+            f"adapter_name={context.adapter_name!r} is a word that PyTorch's ModuleDict uses itself: choose another"
         )
     places = list(named_places(model))
     modules: dict[str, nn.Module] = {name: module for name, _, _, module in places}
-    names = target_names(model, config, modules)
+    names = target_names(model, config, modules) if config.replaces_layers else []
+    for name in names:
+        check_is_called(name, [(parent, attr) for _, parent, attr, module in places if module is modules[name]])
+        check_is_here(name, innermost(modules[name]), model)
 
-    context = InjectionContext(adapter_name, autocast_adapter_dtype, fast)
     layers = {name: config.build(modules[name], name, context) for name in names}
     # A module with two names is one module: wherever it is registered, the same adapted layer takes its place.
     wrapped = {id(modules[name]): layer for name, layer in layers.items()}
     spots = [(parent, attr, wrapped[id(module)]) for _, parent, attr, module in places if id(module) in wrapped]
-    copies = planned_copies(model, config)
-    if both := [planned.name for planned in copies if planned.name in layers]:
+    parts = config.parts(model, names, context)
+    if both := [part.place for part in parts if isinstance(part, ModuleCopy) and part.place in layers]:
         raise ValueError(
             f"modules_to_save={config.modules_to_save}: {both[0]!r} is a target too; a module is adapted or saved whole"
         )
-    biases = biases_to_train(model, config, names)
-    if config.target_modules is None:  # remember what None meant, so that a saved file does not depend on a table
-        config = replace(config, target_modules=expand_targets(None, model, modules))
-    return Plan(adapter_name, config, layers, spots, copies, biases)
+    if config.replaces_layers and config.target_modules is None:
+        # Remember what None meant, so that a saved file does not depend on a table.
+        config = dataclasses.replace(config, target_modules=expand_targets(None, model, modules))
+    config.layers = layers
+    return Plan(config, context, layers, spots, parts)
 
 
-def check_injection(model: nn.Module, config: LoraConfig, adapter_name: str) -> None:
-    """Raise if this adapter cannot be injected into this model, whatever its targets."""
+def model_to_inject(model: nn.Module, config: Any, adapter_name: str) -> nn.Module:
+    """The model that an adapter goes into: the one injected before, inside whatever is around it, or this one.
+
+    Raises:
+        ValueError, TypeError: if this adapter cannot be injected into this model, whatever its targets.
+    """
     if not isinstance(config, AdapterConfig):
         raise TypeError(f"config is a {type(config).__name__}; expected LoraConfig(...) from lora_edu")
     if not isinstance(model, nn.Module):
@@ -136,13 +166,15 @@ def check_injection(model: nn.Module, config: LoraConfig, adapter_name: str) -> 
         )
     if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
         raise ValueError(f"adapter_name={adapter_name!r}: expected a non-empty name without dots")
+    found = injected_models(model)
+    model = unwrapped_model(model) if len(found) != 1 else next(iter(found.values()))
     if "adapter_state" not in model.__dict__:
         if adapter_layers(model, adapter_name):
             raise ValueError(
                 f"layers of this model already have an adapter named {adapter_name!r}, put in by hand or into a part "
                 "of the model; choose another adapter_name"
             )
-        return
+        return model
     state = adapter_state(model)
     if adapter_name in state.configs:
         raise ValueError(
@@ -151,14 +183,16 @@ def check_injection(model: nn.Module, config: LoraConfig, adapter_name: str) -> 
         )
     if any(layer.merge_state.layers for layer in adapter_layers(model).values()):
         raise ValueError(f"an adapter is merged: call unmerge(model) before adding adapter {adapter_name!r}")
-    if config.bias != "none" and state.biases:
+    training = [name for name, parts in state.parts.items() if any(isinstance(part, TrainedBias) for part in parts)]
+    if config.bias != "none" and training:
         raise ValueError(
-            f"bias={config.bias!r}: adapter {next(iter(state.biases))!r} trains biases already, and one model can "
+            f"bias={config.bias!r}: adapter {training[0]!r} trains biases already, and one model can "
             "hold one such adapter; use bias='none'"
         )
+    return model
 
 
-def target_names(model: nn.Module, config: LoraConfig, modules: dict[str, nn.Module]) -> list[str]:
+def target_names(model: nn.Module, config: Any, modules: dict[str, nn.Module]) -> list[str]:
     """Original names of the modules to adapt, each module once.
 
     A module with several names is a target if one of them fits, and goes by its first.
@@ -183,90 +217,41 @@ def target_names(model: nn.Module, config: LoraConfig, modules: dict[str, nn.Mod
             else f"no module of the {type(model).__name__} has such a name; near names: {near_names(targets, modules)}"
         )
         raise ValueError(f"target_modules={config.target_modules!r}: {reason}")
-    if not isinstance(targets, str):
-        for target in targets:
-            if not any(matches_names([target], name) for name in modules):
-                near = near_names(target, modules)
-                warnings.warn(f"target_modules: {target!r} fits no module; near names: {near}", stacklevel=4)
+    warn_unused_targets(targets, modules)
     config.warn_unused_patterns(names)
     return names
 
 
+def warn_unused_targets(targets: str | Iterable[str], modules: dict[str, nn.Module]) -> None:
+    """Warn about names in a list of targets that no module has."""
+    for target in [] if isinstance(targets, str) else targets:
+        if not any(matches_names([target], name) for name in modules):
+            near = near_names(target, modules)
+            warnings.warn(f"target_modules: {target!r} fits no module; near names: {near}", stacklevel=5)
+
+
 def carry_out(model: nn.Module, plan: Plan, trainable: bool = True) -> None:
     """Put a plan's layers into the model, and make its adapter the active one if it is the first."""
+    name = plan.context.adapter_name
     first = "adapter_state" not in model.__dict__
     if first:
         model.__dict__["adapter_state"] = AdapterState()
         model.requires_grad_(False)
     state = adapter_state(model)
-    for parent, attribute, layer in plan.places:
+    for parent, attribute, layer in plan.spots:
         setattr(parent, attribute, layer)
-    for planned in plan.copies:
-        setattr(planned.parent, planned.attribute, planned.wrapper)
-        planned.wrapper.copies[plan.adapter_name] = planned.copy
-    state.configs[plan.adapter_name] = plan.config
-    if plan.biases:
-        state.biases[plan.adapter_name] = plan.biases
+    for part in plan.parts:
+        part.install()
+    state.configs[name], state.contexts[name], state.parts[name] = plan.config, plan.context, plan.parts
     if first:
-        activate(model, [plan.adapter_name])
+        activate(model, [name])
     else:  # the new adapter waits for set_adapter; the others keep what trains
         for layer in plan.layers.values():
             layer.active = False
-        for parameter in new_parameters(plan):
+        for parameter in trained_parameters(plan.layers.values(), plan.parts):
             parameter.requires_grad_(False)
     if first and not trainable:
         model.requires_grad_(False)
-
-
-def new_parameters(plan: Plan) -> Iterator[nn.Parameter]:
-    """What a plan adds: the layers' adapters, the copies' parameters and the trained biases."""
-    for layer in plan.layers.values():
-        yield from layer.adapter_parameters()
-    for planned in plan.copies:
-        yield from planned.copy.parameters()
-    for bias in plan.biases:
-        yield bias.trained
-
-
-def set_adapter(model: nn.Module, adapter_name: str | Sequence[str]) -> None:
-    """Make one adapter (or several, whose updates then add up) the active and the only trainable one.
-
-    Raises:
-        KeyError: if the model has no adapter of that name.
-        ValueError: if an adapter is merged into the weights.
-    """
-    names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-    known = adapter_state(model).configs
-    for name in names:
-        if name not in known:
-            raise KeyError(f"no adapter named {name!r}; this model has: {', '.join(known)}")
-    if any(layer.merge_state.layers for layer in adapter_layers(model).values()):
-        raise ValueError(f"an adapter is merged into the weights: call unmerge(model) before set_adapter({names})")
-    for place, _, _, module in named_places(model):
-        if isinstance(module, TrainedCopy) and len(both := [n for n in names if n in module.copies]) > 1:
-            raise ValueError(f"{place!r} has a trained copy in each of {both}, and only one can be in use: name one")
-    activate(model, names)
-
-
-def activate(model: nn.Module, names: Sequence[str]) -> None:
-    """Switch to these adapters, without checks."""
-    state = adapter_state(model)
-    state.active = list(names)
-    for adapter_name in state.configs:
-        chosen = adapter_name in names
-        for layer in adapter_layers(model, adapter_name).values():
-            layer.active = chosen
-            for parameter in layer.adapter_parameters():
-                parameter.requires_grad_(chosen)
-        for parameter in extra_parameters(model, adapter_name):
-            parameter.requires_grad_(chosen)
-    use_parts(model, names)
-
-
-def list_adapters(model: nn.Module) -> list[str]:
-    """The names of the model's adapters, in the order in which they came; empty for a plain model."""
-    state = model.__dict__.get("adapter_state")
-    return [] if state is None else list(state.configs)
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -57,6 +57,35 @@ DEFAULT_TARGETS: dict[str, list[str]] = {
     "rwkv7": ["r_proj", "k_proj", "v_proj", "o_proj", "key", "value"],
 }
 CLASSIFIER_HEADS = ("score", "classifier")
+BIASES = ("none", "all", "lora_only")
+# Attributes below which torch.compile and checkpointing keep the module they wrap: they are no part of its name.
+TRANSPARENT = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+
+
+class Wrapper(nn.Module):
+    """Stands where ``base`` stood in a model. Names of modules, in matching and in files, skip it."""
+
+    base: nn.Module
+
+
+def named_places(
+    model: nn.Module, prefix: str = "", above: tuple[nn.Module, ...] = ()
+) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
+    """Every place at which a module is registered: (its original name, parent, attribute, module).
+
+    Original means without the segments that wrappers add. A module registered under two names is met twice; one that
+    is registered somewhere inside itself is not entered again.
+    """
+    for attribute, module in model._modules.items():  # named_children() would skip the second name of a shared module
+        if module is None:
+            continue
+        name = prefix[:-1] if attribute in TRANSPARENT else f"{prefix}{attribute}"
+        yield name, model, attribute, module
+        inside = module
+        while isinstance(inside, Wrapper):
+            inside = inside.base
+        if not any(inside is outer for outer in (model, *above)):
+            yield from named_places(inside, f"{name}." if name else "", (model, *above))
 
 
 def check_regex(field_name: str, pattern: str) -> None:
@@ -65,6 +94,36 @@ def check_regex(field_name: str, pattern: str) -> None:
         re.compile(pattern)
     except re.error as error:
         raise ValueError(f"{field_name}={pattern!r} is not a regular expression: {error}") from None
+
+
+def check_targets(config: Any) -> None:
+    """Bring the fields that every config has into their form, lists rather than sets; raise for what has no sense."""
+    if config.bias not in BIASES:
+        raise ValueError(f"bias={config.bias!r}: expected one of {', '.join(map(repr, BIASES))}")
+    targets = config.target_modules
+    if targets is not None and not isinstance(targets, str):
+        if not isinstance(targets, Iterable) or not all(isinstance(target, str) for target in targets):
+            raise TypeError(f"target_modules={targets!r}: expected a list of names, a regular expression or None")
+        config.target_modules = sorted(targets) if isinstance(targets, set | frozenset) else list(targets)
+        if not config.target_modules:
+            raise ValueError("target_modules is empty: name at least one layer, for example ['q_proj', 'v_proj']")
+    for name in ("target_modules", "exclude_modules"):
+        if isinstance(pattern := getattr(config, name), str):
+            check_regex(name, pattern)
+    if isinstance(targets, str) and (config.layers_to_transform is not None or config.layers_pattern is not None):
+        raise ValueError(
+            f"layers_to_transform and layers_pattern narrow a list of names, but target_modules={targets!r} is a "
+            "string: name the layers in a list, or write their numbers into the regular expression"
+        )
+    if config.layers_pattern and config.layers_to_transform is None:
+        raise ValueError(f"layers_pattern={config.layers_pattern!r} needs layers_to_transform: which numbers?")
+    for name in ("exclude_modules", "layers_to_transform", "layers_pattern"):
+        if isinstance(value := getattr(config, name), set | frozenset | range):
+            setattr(config, name, sorted(value) if isinstance(value, set | frozenset) else list(value))
+    if isinstance(config.modules_to_save, set | frozenset | tuple):
+        config.modules_to_save = sorted(config.modules_to_save)
+    if isinstance(config.modules_to_save, str):
+        raise TypeError(f"modules_to_save={config.modules_to_save!r}: expected a list, [{config.modules_to_save!r}]")
 
 
 def matches_names(patterns: str | Iterable[str] | None, name: str) -> bool:

@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from lora_edu.core.adapter import AdapterLayer, adapter_layers, adapters_around, named_places
-from lora_edu.core.parts import TrainedCopy, adapter_state, use_parts
+from lora_edu.core.adapter import AdapterLayer, adapter_layers, adapters_around, check_combination, register_pair
+from lora_edu.core.matching import named_places
+from lora_edu.core.state import adapter_state, injected_model, injected_models
 
 
 def merge(model: nn.Module, adapter_names: str | Sequence[str] | None = None) -> None:
@@ -24,9 +25,24 @@ def merge(model: nn.Module, adapter_names: str | Sequence[str] | None = None) ->
 
     Raises:
         KeyError: if the model has no adapter of that name.
-        ValueError: if a merged weight would not be finite; no weight is changed then.
+        ValueError: if a method has no dense form, if several cannot be merged together, or if a merged weight would
+            not be finite; no weight is changed then.
     """
-    merge_layers(layers_of(model, adapter_names))
+    model = injected_model(model)
+    layers = layers_of(model, adapter_names)
+    check_merge(model, layers)
+    merge_layers(layers)
+
+
+def check_merge(model: nn.Module, layers: Sequence[AdapterLayer]) -> None:
+    """Raise if these layers cannot all be merged, given what else is merged or in use around their weights."""
+    chosen = set(map(id, layers))
+    for outermost in adapter_layers(model).values():
+        around = list(adapters_around(outermost))
+        if any(id(layer) in chosen for layer in around):
+            check_combination([layer for layer in around if id(layer) in chosen or layer.active or layer.merged])
+    for layer in layers:
+        layer.check_mergeable()
 
 
 def merge_layers(layers: Iterable[AdapterLayer]) -> None:
@@ -45,6 +61,7 @@ def merge_layers(layers: Iterable[AdapterLayer]) -> None:
 
 def unmerge(model: nn.Module, adapter_names: str | Sequence[str] | None = None) -> None:
     """Take merged adapters (all of them, or the named ones) out of the weights again, bit for bit."""
+    model = injected_model(model)
     names = list(adapter_state(model).configs) if adapter_names is None else adapter_names
     for layer in layers_of(model, names):
         layer.unmerge()
@@ -56,32 +73,39 @@ def layers_of(model: nn.Module, adapter_names: str | Sequence[str] | None) -> li
     names = state.active if adapter_names is None else adapter_names
     names = [names] if isinstance(names, str) else names
     for name in names:
-        if name not in state.configs:
-            raise KeyError(f"no adapter named {name!r}; this model has: {', '.join(state.configs)}")
-    return [layer for name in names for layer in adapter_layers(model, name).values()]
+        state.check_name(name)
+    return [layer for name in dict.fromkeys(names) for layer in adapter_layers(model, name).values()]
 
 
 def merge_and_unload(model: Any) -> nn.Module:
     """The plain model with the active adapters merged for good: no lora_edu module is left in it.
 
-    Works in place and returns the model; for a single adapted layer it returns the plain layer. Trained biases and
-    the active adapter's ``modules_to_save`` stay; adapters that are not active are dropped. Where an output head
-    that was tied to the embedding got an update of its own, the model's config is set to untied.
+    Works in place and returns the model that was injected; for a single adapted layer it returns the plain layer.
+    Trained biases and the active adapter's ``modules_to_save`` stay; adapters that are not active are dropped. Where
+    an output head that was tied to the embedding got an update of its own, the model's config is set to untied.
 
     Raises:
-        ValueError: if a merged weight would not be finite; the model is then as before.
+        ValueError: as for ``merge``, or if a part of an active adapter has no place in a plain model. The model is
+            then as before.
     """
     if isinstance(model, AdapterLayer):
         merge_layers(layer for layer in adapters_around(model) if layer.active)
         return unwrapped(model)
-    adapter_state(model)
+    model = injected_model(model)
+    state = adapter_state(model)
+    for name, parts in state.parts.items():
+        if name in state.active and (kept := next((part for part in parts if not part.unloadable), None)):
+            raise ValueError(
+                f"adapter {name!r} brings a {type(kept).__name__} ({kept.place}), which a plain model has no place for"
+            )
     merge(model)
+    for name, parts in state.parts.items():
+        for part in parts:
+            part.unload(keep=name in state.active)
     for _, parent, attribute, module in list(named_places(model)):
         if isinstance(module, AdapterLayer):
             setattr(parent, attribute, unwrapped(module))
-        elif isinstance(module, TrainedCopy):
-            setattr(parent, attribute, module.module())
-    model.__dict__.pop("adapter_state", None)
+    del model.__dict__["adapter_state"]
     if getattr(getattr(model, "config", None), "tie_word_embeddings", False) and not tied_weight(model):
         model.config.tie_word_embeddings = False  # or loading the saved model would tie them again
         warnings.warn(
@@ -94,7 +118,7 @@ def merge_and_unload(model: Any) -> nn.Module:
 
 def unwrapped(layer: AdapterLayer) -> nn.Module:
     """The pretrained layer without its adapters, with whatever is merged into it."""
-    layer.merge_state.pretrained = None
+    layer.merge_state.pair = None
     return layer.frozen
 
 
@@ -113,27 +137,29 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     >>> with disable_adapter(model):
     ...     reference = model(**batch)
     """
-    adapter_state(model)  # says so where there is no adapter
+    if not isinstance(model, AdapterLayer) and not injected_models(model):
+        injected_model(model)  # says so where there is no adapter
+    # Usually one model; parts of it may have been injected on their own.
+    states = [adapter_state(each) for each in injected_models(model).values()]
+    names = [state.active for state in states]
     layers = [module for module in model.modules() if isinstance(module, AdapterLayer)]
-    # Usually the model itself; parts of it may have been injected on their own.
-    injected = [module for module in model.modules() if "adapter_state" in module.__dict__]
-    names = [adapter_state(module).active for module in injected]
     active = [layer.active for layer in layers]
-    merged = [(layer.frozen, layer.frozen.weight, layer.merge_state) for layer in layers if layer.merged]
+    merged = [(layer.frozen, layer.weight, layer.bias, layer.merge_state) for layer in layers if layer.merged]
     for layer in layers:
         layer.active = False
-    for frozen, weight, merge_state in merged:
-        frozen.weight = merge_state.pretrained_like(weight)
-    for module in injected:
-        adapter_state(module).active = []  # so that an inner block, when it ends, does not switch anything on
-        use_parts(module, [])
+    for frozen, _, _, merge_state in merged:
+        if (pair := merge_state.pair_like(frozen)) is not None:
+            register_pair(frozen, *pair)
+    for state in states:
+        state.active = []  # so that an inner block, when it ends, does not switch anything on
+        state.use_parts([])
     try:
         yield model
     finally:
-        for module, were_active in zip(injected, names, strict=True):
-            adapter_state(module).active = were_active
-            use_parts(module, were_active)
-        for frozen, merged_weight, _ in merged:
-            frozen.weight = merged_weight
+        for state, were_active in zip(states, names, strict=True):
+            state.active = were_active
+            state.use_parts(were_active)
+        for frozen, weight, bias, _ in merged:
+            register_pair(frozen, weight, bias)
         for layer, was_active in zip(layers, active, strict=True):
             layer.active = was_active

@@ -17,8 +17,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lora_edu.core.adapter import AdapterLayer, Wrapper, named_places
+from lora_edu.core.adapter import AdapterLayer, adapters_around
+from lora_edu.core.matching import Wrapper, named_places
 from lora_edu.core.parts import TrainedCopy
+from lora_edu.core.state import unwrapped_model
 
 IGNORED = -100  # the label that cross-entropy leaves out
 GRADIENTS = ("arrived", "zero", "none", "not finite")
@@ -150,6 +152,33 @@ def counted_tokens(row: Mapping[str, Any], tokenizer: Any) -> str:
     return text
 
 
+def without_gradient(model: nn.Module) -> list[str]:
+    """Adapted layers whose parameters all train, and of which none has a gradient after ``loss.backward()``.
+
+    The forward pass never called them, or its result did not enter the loss.
+    """
+    places = named_places(unwrapped_model(model))
+    layers = dict.fromkeys((name, layer) for name, _, _, module in places for layer in adapters_around(module))
+    parameters = [(name, layer.adapter_parameters()) for name, layer in layers]
+    return [name for name, each in parameters if each and all(p.requires_grad and p.grad is None for p in each)]
+
+
+def check_called(model: nn.Module, batch: Mapping[str, Any]) -> list[str]:
+    """The adapted layers that a forward pass on this batch does not reach, found by one backward pass.
+
+    Gradients are afterwards as they were. An empty list is good news.
+    """
+    before = [(parameter, parameter.grad) for parameter in model.parameters()]
+    for parameter, _ in before:
+        parameter.grad = None
+    try:
+        model(**batch).loss.backward()
+        return without_gradient(model)
+    finally:
+        for parameter, gradient in before:
+            parameter.grad = gradient
+
+
 def training_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """(original name, parameter) of everything that requires a gradient; a tied weight once, under its first name."""
     seen: set[int] = set()
@@ -165,6 +194,7 @@ def original_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     The segments that our wrappers and PEFT's add are left out. A weight with two names, like a tied head, has two
     entries. Of a module that is trained as a copy, the copy in use has the plain name.
     """
+    model = unwrapped_model(model)
     plain = getattr(model, "get_base_model", None)
     model = plain() if callable(plain) else model
     found: dict[str, nn.Parameter] = {}

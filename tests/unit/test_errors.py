@@ -98,8 +98,11 @@ def test_settings_that_make_no_sense(options, error, message):
             {"target_modules": ["q_proj"], "modules_to_save": ["haed"]},
             r"no module has such a name; near names: \['head'",
         ),
-        ({"target_modules": ["q_proj"], "init_lora_weights": "sunshine"}, "no method of lora_edu serves"),
-        ({"target_modules": ["q_proj"], "use_dora": True}, "no method of lora_edu serves"),
+        (
+            {"target_modules": ["q_proj"], "init_lora_weights": "sunshine"},
+            "init_lora_weights='sunshine': no method here serves it",
+        ),
+        ({"target_modules": ["q_proj"], "use_dora": True}, "use_dora=True: no method here serves it; known are LoRA"),
     ],
     ids=str,
 )
@@ -288,7 +291,7 @@ BAD_FILES = {
     "copied layers": (lambda f: change_config(f, layer_replication=[[0, 1]]), ValueError, "layer_replication"),
     "trained tokens": (lambda f: change_config(f, trainable_token_indices=[1]), ValueError, "trainable_token_indices"),
     "a field from the future": (lambda f: change_config(f, use_telepathy=True), ValueError, "use_telepathy"),
-    "DoRA": (lambda f: change_config(f, use_dora=True), ValueError, "no method of lora_edu serves"),
+    "DoRA": (lambda f: change_config(f, use_dora=True), ValueError, "use_dora=True: no method here serves it"),
     "an unconverted PiSSA": (lambda f: change_config(f, init_lora_weights="pissa"), ValueError, "no method"),
 }
 

@@ -1,0 +1,150 @@
+"""Which adapters a model has and which are in use: one state a model, found through any wrapper. Lesson 04."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from lora_edu.core.adapter import AdapterLayer, adapter_layers, adapters_around, check_combination
+from lora_edu.core.matching import named_places
+from lora_edu.core.parts import Part
+
+
+@dataclass
+class AdapterState:
+    """What a model remembers of its adapters.
+
+    Attributes:
+        configs, contexts, parts: of each adapter; no config for layers that were wrapped by hand.
+        active: the names of those in use.
+    """
+
+    configs: dict[str, Any] = field(default_factory=dict)
+    contexts: dict[str, Any] = field(default_factory=dict)
+    parts: dict[str, list[Part]] = field(default_factory=dict)
+    active: list[str] = field(default_factory=list)
+
+    def check_name(self, adapter_name: str) -> None:
+        """Raise KeyError unless there is an adapter of that name."""
+        if adapter_name not in self.configs:
+            raise KeyError(f"no adapter named {adapter_name!r}; this model has: {', '.join(self.configs)}")
+
+    def use_parts(self, names: Sequence[str]) -> None:
+        """Put the parts of these adapters in use, and no others."""
+        for adapter_name in sorted(self.parts, key=lambda name: name in names):  # first off, then on
+            for part in self.parts[adapter_name]:
+                part.use(adapter_name in names)
+
+
+def unwrapped_model(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel, DataParallel or ``torch.compile``."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        elif isinstance(inner := model._modules.get("_orig_mod"), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+def injected_models(model: nn.Module) -> dict[str, nn.Module]:
+    """The injected models that are this one or lie inside it, outermost first: {name: model}."""
+    model = unwrapped_model(model)
+    if "adapter_state" in model.__dict__:
+        return {"": model}
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if "adapter_state" in module.__dict__ and not any(name.startswith(outer + ".") for outer in found):
+            found[name] = module
+    return found
+
+
+def injected_model(model: nn.Module) -> nn.Module:
+    """The one injected model that this one is or holds. Layers that were wrapped by hand get a state here.
+
+    Raises:
+        ValueError: if there is none, or more than one.
+    """
+    found = injected_models(model)
+    if len(found) > 1:
+        raise ValueError(
+            f"adapters were injected into {len(found)} parts of this {type(model).__name__}: {', '.join(found)}; "
+            f"give one of them, for example model.{next(iter(found))}"
+        )
+    if found:
+        return next(iter(found.values()))
+    model = unwrapped_model(model)
+    places = [model, *(module for _, _, _, module in named_places(model))]
+    layers = [layer for module in places for layer in adapters_around(module)]
+    if not layers:
+        raise ValueError(
+            f"this {type(model).__name__} has no adapters: call inject(model, LoraConfig(...)) or "
+            "load_adapter(model, directory) first, with the same model object"
+        )
+    names = list(dict.fromkeys(layer.adapter_name for layer in layers))
+    active = [name for name in names if any(la.active for la in layers if la.adapter_name == name)]
+    model.__dict__["adapter_state"] = AdapterState(configs=dict.fromkeys(names), active=active)
+    return model
+
+
+def adapter_state(model: nn.Module) -> AdapterState:
+    """The adapter state of the one injected model that this one is or holds; errors as in ``injected_model``."""
+    return injected_model(model).__dict__["adapter_state"]
+
+
+def set_adapter(model: nn.Module, adapter_name: str | Sequence[str]) -> None:
+    """Make one adapter (or several, whose updates then add up) the active and the only trainable one.
+
+    Raises:
+        KeyError: if the model has no adapter of that name.
+        ValueError: if an adapter is merged into the weights, or several cannot be in use together.
+    """
+    model = injected_model(model)
+    names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+    state = adapter_state(model)
+    for name in names:
+        state.check_name(name)
+    places = adapter_layers(model)
+    if any(layer.merge_state.layers for layer in places.values()):
+        raise ValueError(f"an adapter is merged into the weights: call unmerge(model) before set_adapter({names})")
+    for outermost in places.values():
+        check_combination([layer for layer in adapters_around(outermost) if layer.adapter_name in names])
+    taken: dict[str, str] = {}
+    for name in dict.fromkeys(names):
+        for part in state.parts.get(name, []):
+            if other := taken.get(part.place):
+                raise ValueError(
+                    f"{part.place!r} is trained by each of {[other, name]}, and only one can be in use: name one"
+                )
+            taken[part.place] = name
+    activate(model, names)
+
+
+def activate(model: nn.Module, names: Sequence[str]) -> None:
+    """Switch to these adapters, without checks."""
+    state = adapter_state(model)
+    state.active = list(names)
+    for adapter_name in state.configs:
+        chosen = adapter_name in names
+        layers = list(adapter_layers(model, adapter_name).values())
+        for layer in layers:
+            layer.active = chosen
+        for parameter in trained_parameters(layers, state.parts.get(adapter_name, [])):
+            parameter.requires_grad_(chosen)
+    state.use_parts(names)
+
+
+def list_adapters(model: nn.Module) -> list[str]:
+    """The names of the model's adapters, in the order in which they came; empty for a plain model."""
+    return list(adapter_state(model).configs) if injected_models(model) else []
+
+
+def trained_parameters(layers: Iterable[AdapterLayer], parts: Iterable[Part]) -> Iterator[nn.Parameter]:
+    """What an adapter trains, in its layers and its parts."""
+    for layer in layers:
+        yield from layer.adapter_parameters()
+    for part in parts:
+        yield from part.parameters()
