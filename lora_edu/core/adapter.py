@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -17,8 +16,7 @@ from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from lora_edu.core.matching import Wrapper, named_places
-
-Pair = tuple[Tensor, Tensor | None]  # a weight and its bias
+from lora_edu.core.merge_state import MergeState, Pair, register_pair
 
 
 class AdapterLayer(Wrapper):
@@ -32,6 +30,7 @@ class AdapterLayer(Wrapper):
     Attributes:
         additive: the adapted weight is W + ΔW with a ΔW that does not depend on W, so that the adapter can stand
             beside others. Others refuse what they cannot do: several at a time on one weight, rows of a mixed batch.
+            A class with a ``forward`` of its own says it anew: what it derives from spoke of another forward.
         mergeable: there is a dense layer that does the same. Otherwise ``adapted`` is left out, and merging refuses.
 
     Args:
@@ -46,6 +45,12 @@ class AdapterLayer(Wrapper):
     additive: ClassVar[bool] = False
     mergeable: ClassVar[bool] = True
 
+    def __init_subclass__(cls) -> None:
+        if "forward" in cls.__dict__:  # a DoRA that derives from LoRA must not pass for a sum, nor for s · B (A x)
+            for promise, without in (("additive", False), ("factors", None)):
+                if promise not in cls.__dict__:
+                    setattr(cls, promise, without)
+
     def __init__(self, base: nn.Module, adapter_name: str = "default", autocast_adapter_dtype: bool = True):
         super().__init__()
         check_readable(innermost(base))
@@ -53,6 +58,7 @@ class AdapterLayer(Wrapper):
         self.adapter_name = adapter_name
         self.active = True
         self.merged = False
+        self.injected = False  # rather than put in by hand: the model then has a state that knows it
         self.merge_state: MergeState = base.merge_state if isinstance(base, AdapterLayer) else MergeState()
         for parameter in self.frozen.parameters():
             parameter.requires_grad_(False)
@@ -79,15 +85,22 @@ class AdapterLayer(Wrapper):
         raise NotImplementedError
 
     def from_file(self, tensors: dict[str, Tensor]) -> None:
-        """Take the values over that a file holds of this layer; keys and shapes are those of ``to_file``."""
+        """Take the values over that a file holds of this layer; keys and shapes are those of ``to_file``.
+
+        Raises:
+            NotImplementedError: if ``to_file`` makes new tensors, into which there is no use in writing.
+        """
+        own = {id(tensor) for tensor in (*self.parameters(), *self.buffers())}
         with torch.no_grad():
             for key, tensor in self.to_file().items():
+                if id(tensor) not in own:
+                    raise NotImplementedError(f"{type(self).__name__} makes {key!r} for its file: write from_file too")
                 tensor.copy_(tensors[key])
 
     def reconfigure(self, config: Any, name: str) -> None:
         """Take over what another config of the same method says of the layer called ``name``: for ``hotswap_adapter``.
 
-        Here for methods whose layers depend on nothing but their tensors.
+        Without it, only a file whose method settings are the same can be swapped in.
         """
 
     def update(self, x: Tensor) -> Tensor:
@@ -96,7 +109,7 @@ class AdapterLayer(Wrapper):
         delta, bias = self.adapted(torch.zeros_like(weight), None)
         if isinstance(self.frozen, nn.Embedding):
             return F.embedding(x, delta) * getattr(self.frozen, "embed_scale", 1)
-        return F.linear(x.to(delta.dtype), delta.T if isinstance(self.frozen, Conv1D) else delta, bias)
+        return F.linear(x.to(delta.dtype), self.oriented(delta), bias)
 
     # The frozen layer
 
@@ -114,6 +127,20 @@ class AdapterLayer(Wrapper):
     def bias(self) -> Tensor | None:
         """The frozen layer's bias, or None."""
         return getattr(self.frozen, "bias", None)
+
+    def features(self) -> tuple[int, int]:
+        """(in, out) of the frozen layer; of an embedding, its number of rows and their width."""
+        first, second = self.weight.shape
+        return (first, second) if self.transposed else (second, first)
+
+    def oriented(self, matrix: Tensor) -> Tensor:
+        """An (out, in) matrix in the orientation of the frozen weight."""
+        return matrix.T if self.transposed else matrix
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the frozen weight is stored as (in, out): GPT-2's ``Conv1D``, and embeddings."""
+        return isinstance(self.frozen, Conv1D | nn.Embedding)
 
     def new_parameter(self, *shape: int) -> nn.Parameter:
         """A trainable parameter of zeros on the base's device and in the adapter's precision."""
@@ -215,31 +242,6 @@ class AdapterLayer(Wrapper):
         for layer in layers:
             layer.merged = True
         state.layers = layers
-
-
-@dataclass
-class MergeState:
-    """What one weight has had merged into it, shared by all adapters that stand around that weight."""
-
-    pair: Pair | None = None  # as registered before the first merge
-    layers: list[AdapterLayer] = field(default_factory=list)  # in the order of merging
-
-    def pair_like(self, frozen: Any) -> Pair | None:
-        """The kept pair, on the device and in the dtype of the registered weight; None while nothing is merged.
-
-        A model that was moved or cast while merged took only its registered parameters along.
-        """
-        for parameter in self.pair or ():
-            if parameter is not None:
-                parameter.data = parameter.data.to(frozen.weight)
-        return self.pair
-
-
-def register_pair(frozen: Any, weight: Tensor, bias: Tensor | None) -> None:
-    """Put weight and bias into a layer. One that had no bias gets one, or loses it again."""
-    frozen.weight = weight
-    if bias is not None or getattr(frozen, "bias", None) is not None:
-        frozen.bias = bias
 
 
 def check_combination(layers: list[AdapterLayer]) -> None:

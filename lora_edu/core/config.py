@@ -1,15 +1,13 @@
 """What to adapt and how: what every method's config can do, and ``LoraConfig``, field for field as PEFT's. Lesson 04.
 
-No code here or in ``inject`` knows a method by name. A method registers its layers for a type of config (and, if it
-is switched on by a field, for a predicate on it); ``config.build`` looks them up.
+``AdapterConfig`` is what a method's own config derives from. LoRA's stands below it, as the example of one.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -17,7 +15,8 @@ from torch import Tensor, nn
 
 from lora_edu.core.adapter import AdapterLayer, innermost
 from lora_edu.core.layer import LoRAConv1D, LoRAEmbedding, LoRALinear, check_alpha, check_dropout, check_rank
-from lora_edu.core.matching import check_regex, check_targets, fits
+from lora_edu.core.matching import check_regex, check_targets, expand_targets, fits
+from lora_edu.core.methods import Build, InjectionContext, method_of, register
 from lora_edu.core.parts import Part, biases_to_train, copies_to_train
 
 # Fields of PEFT's files that describe a run, a machine or a start, and change no number of a trained adapter.
@@ -28,19 +27,6 @@ NEUTRAL_FIELDS = {
 }  # fmt: skip
 
 
-@dataclass
-class InjectionContext:
-    """What the layers of one injection share.
-
-    Attributes:
-        shared: room for a method: tensors that all layers use, or what ``prepare`` learned from data.
-    """
-
-    adapter_name: str = "default"
-    autocast_adapter_dtype: bool = True
-    shared: dict[str, Any] = field(default_factory=dict)
-
-
 @dataclass(kw_only=True)
 class AdapterConfig:
     """What every method's config has and can do: the fields that injection reads, each with a neutral default.
@@ -49,19 +35,26 @@ class AdapterConfig:
     and may define:
 
     - ``prepare(model, batches) -> dict``: for a start that needs data. ``inject(..., batches=...)`` calls it before
-      anything is planned, and puts what it returns into ``context.shared``. It leaves the model as it found it.
-    - ``extra_loss()``, ``after_backward(step)``, ``after_step(step)``: called by the training loop, as on layers.
-      ``after_step`` comes after the optimizer's step and before gradients are cleared. ``self.layers`` holds the
-      injected layers by name.
+      anything is built, with other adapters switched off, and puts what it returns into ``context.shared``. It may
+      set fields of ``self``, such as ranks, and leaves the model as it found it.
+    - ``extra_loss()``, ``after_backward(step)``, ``after_step(step)``: called by the training loop while the adapter
+      is active, as on its layers. ``after_step`` comes after the optimizer's step and before gradients are cleared.
+
+    ``inject`` works on a copy, which stays with the model and knows its ``targets`` (before ``prepare`` and ``build``)
+    and ``layers`` (afterwards).
 
     Attributes:
         peft_type: the method's name in PEFT's files.
         replaces_layers: False for a method that brings parts only, such as a prefix: it needs no targets.
-        layers: the layers of the model that this config was injected into; ``inject`` takes a copy of the config.
+        lacks: fields that the method does not have in PEFT: those of this class keep their defaults, and they (and
+            ``fan_in_fan_out``, which others have) are in no file.
+        targets: the pretrained layers that are adapted, by name.
+        layers: the layers that stand around them, by name.
     """
 
     peft_type: ClassVar[str]
     replaces_layers: ClassVar[bool] = True
+    lacks: ClassVar[tuple[str, ...]] = ()
 
     target_modules: str | Sequence[str] | None = None
     exclude_modules: str | Sequence[str] | None = None
@@ -70,10 +63,18 @@ class AdapterConfig:
     layers_pattern: str | Sequence[str] | None = None
     bias: str = "none"
     task_type: str | None = None
-    layers: dict[str, AdapterLayer] = field(default_factory=dict, init=False, repr=False, compare=False)
+    targets: dict[str, nn.Module] = field(default_factory=dict, init=False, repr=False, compare=False)
+    layers: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_targets(self)
+        for each in dataclasses.fields(self):
+            if each.name in self.lacks and getattr(self, each.name) != each.default:
+                raise ValueError(f"{each.name}={getattr(self, each.name)!r}: {type(self).__name__} has no such setting")
+
+    def default_targets(self, model: nn.Module, modules: dict[str, nn.Module]) -> Sequence[str]:
+        """What ``target_modules=None`` means for this model: by default PEFT's table for LoRA."""
+        return expand_targets(None, model, modules)
 
     def build(self, base_layer: nn.Module, name: str, context: InjectionContext) -> AdapterLayer:
         """The adapted layer for the module called ``name``.
@@ -81,10 +82,14 @@ class AdapterConfig:
         Raises:
             ValueError: if no registered method serves this config, or none adapts this kind of layer.
         """
-        pretrained, method = innermost(base_layer), method_of(self)
+        return self.builder(innermost(base_layer), name)(base_layer, name, self, context)
+
+    def builder(self, pretrained: nn.Module, name: str) -> Build:
+        """What builds the layer for this kind of pretrained layer; errors as in ``build``."""
+        method = method_of(self)
         for kind, builder in method.builders.items():
             if isinstance(pretrained, kind):
-                return builder(base_layer, name, self, context)
+                return builder
         raise ValueError(
             f"module {name!r} is a {type(pretrained).__name__}, which {method.name} cannot adapt (it adapts "
             f"{', '.join(kind.__name__ for kind in method.builders)}); narrow target_modules or use exclude_modules"
@@ -100,8 +105,9 @@ class AdapterConfig:
         return [*copies, *biases_to_train(model, self.bias, names, copies)]
 
     def to_file(self) -> dict[str, Any]:
-        """The fields of ``adapter_config.json``, besides those that every file has. By default all of the config."""
-        return {each.name: getattr(self, each.name) for each in dataclasses.fields(self) if each.init}
+        """The fields of ``adapter_config.json``, besides those that every file has. By default all that it has."""
+        names = [each.name for each in dataclasses.fields(self) if each.init and each.name not in self.lacks]
+        return {name: getattr(self, name) for name in names}
 
     @classmethod
     def from_file(cls, fields: Mapping[str, Any]) -> Any:
@@ -116,78 +122,21 @@ class AdapterConfig:
         return cls(**{key: value for key, value in fields.items() if key in own and value is not None})
 
     def shared_to_file(self, context: InjectionContext) -> dict[str, Tensor]:
-        """Tensors that the method stores once for the whole model, under their full keys in the file."""
+        """Tensors that the method stores once for the whole model, under their full keys in the file.
+
+        They are those of ``context.shared`` themselves: ``hotswap_adapter`` writes into them.
+        """
         return {}
 
     def shared_from_file(self, tensors: Mapping[str, Tensor], context: InjectionContext) -> None:
-        """Put what the file holds of them into ``context.shared``. Called before the layers are built."""
+        """Put what the file holds of them into ``context.shared``. Called before the layers are built.
+
+        Raises:
+            KeyError: if the file lacks one.
+        """
 
     def warn_unused_patterns(self, names: Sequence[str]) -> None:
         """Warn about patterns among the fields that no adapted module fits: most often a typing error."""
-
-
-Build = Callable[[nn.Module, str, Any, InjectionContext], AdapterLayer]
-Prepare = Callable[[nn.Module, Any], dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Method:
-    """One way to adapt: for which configs, and how to build its layer for each kind of base layer."""
-
-    name: str
-    config_type: type[AdapterConfig]
-    builders: Mapping[type[nn.Module], Build]
-    applies: Callable[[Any], bool]
-    prepare: Prepare | None
-
-
-_METHODS: list[Method] = []
-
-
-def register(
-    name: str,
-    config_type: type[AdapterConfig],
-    builders: Mapping[type[nn.Module], Build],
-    applies: Callable[[Any], bool] = lambda config: True,
-    prepare: Prepare | None = None,
-) -> None:
-    """Make a method known. Later registrations are asked first, so that a special case precedes the general one.
-
-    Args:
-        name: for messages, for example ``"DoRA"``.
-        config_type: the config class that asks for this method.
-        builders: kind of base layer → function (base, module name, config, context) → AdapterLayer.
-        applies: a further condition on the config, for example ``lambda config: config.use_dora``.
-        prepare: as the config's method of that name, where only some settings of a config start from data.
-    """
-    _METHODS.insert(0, Method(name, config_type, builders, applies, prepare))
-
-
-def registered_methods() -> list[Method]:
-    """All methods, the latest registration first. The package's own register when this is first called."""
-    importlib.import_module("lora_edu").register_methods()
-    return _METHODS
-
-
-def method_of(config: AdapterConfig) -> Method:
-    """The registered method that serves a config.
-
-    Raises:
-        ValueError: if there is none; it names the field that asks for something unknown.
-    """
-    own = [method for method in registered_methods() if type(config) is method.config_type]
-    for method in own:
-        if method.applies(config):
-            return method
-    for each in dataclasses.fields(config):
-        if each.default is not dataclasses.MISSING and getattr(config, each.name) != each.default:
-            plain = dataclasses.replace(config, **{each.name: each.default})
-            if any(method.applies(plain) for method in own):
-                raise ValueError(
-                    f"{each.name}={getattr(config, each.name)!r}: no method here serves it; known are "
-                    f"{', '.join(method.name for method in own)}"
-                )
-    raise ValueError(f"no method here serves a {type(config).__name__}; a method's file calls register(...)")
 
 
 # Initialisations that leave the base's weights alone: once the adapter's tensors are loaded, they make no difference.
@@ -284,8 +233,7 @@ def lora_builder(layer_class: type[LoRALinear]) -> Build:
             lora_dropout=config.lora_dropout,
             use_rslora=config.use_rslora,
             init_lora_weights=config.init_lora_weights,
-            adapter_name=context.adapter_name,
-            autocast_adapter_dtype=context.autocast_adapter_dtype,
+            **context.settings,
         )
 
     return build

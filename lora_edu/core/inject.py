@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
-import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,17 +12,30 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_edu.core.adapter import AdapterLayer, adapter_layers, innermost
-from lora_edu.core.config import AdapterConfig, InjectionContext, method_of
-from lora_edu.core.matching import expand_targets, is_target, matches_names, named_places, near_names
+from lora_edu.core.config import AdapterConfig
+from lora_edu.core.experts import LeftOutWarning, experts_left_out
+from lora_edu.core.matching import (
+    expand_targets,
+    is_target,
+    named_places,
+    warn_caller,
+    warn_unused_targets,
+    why_none,
+)
+from lora_edu.core.merging import disable_adapter
+from lora_edu.core.methods import InjectionContext, make_fast, method_of
 from lora_edu.core.parts import ModuleCopy, Part, TrainedBias, with_task_head
 from lora_edu.core.refusals import check_is_called, check_is_here
 from lora_edu.core.state import (
     AdapterState,
     activate,
     adapter_state,
+    check_one,
+    check_whole,
     injected_models,
     trained_parameters,
     unwrapped_model,
+    warn_if_not_averaged,
 )
 
 
@@ -86,62 +97,69 @@ def inject(
 
     Built in lesson 04.
     """
-    model = model_to_inject(model, config, adapter_name)
+    wrapper, model = model, model_to_inject(model, config, adapter_name)
     context = InjectionContext(adapter_name, autocast_adapter_dtype)
     with trainability_kept_on_failure(model):
-        prepare = getattr(config, "prepare", None) or (method_of(config).prepare if config.replaces_layers else None)
-        if prepare is not None:
-            if batches is None:
-                raise ValueError(
-                    f"{type(config).__name__} starts from data: pass batches=[...], what the model is called with"
-                )
-            context.shared |= prepare(model, batches)
+        config = aimed(model, config, adapter_name)
+        context.shared |= learned(model, config, batches)
         plan = plan_injection(model, config, context)
+    if plan.layers and (left_out := experts_left_out(model, plan.config, plan.layers)):
+        warn_caller(str(left_out), LeftOutWarning)
     fused = sum(make_fast(layer) for layer in plan.layers.values()) if fast else 0
     carry_out(model, plan)
+    warn_if_not_averaged(wrapper)
     trainable, total = count_parameters(model)
     return InjectionReport(list(plan.layers), trainable, total, fused)
 
 
-_FAST_FORMS: list[Callable[[AdapterLayer], bool]] = []
+def aimed(model: nn.Module, config: Any, adapter_name: str) -> Any:
+    """A copy of the config that knows its targets in this model."""
+    config = with_task_head(copy.deepcopy(config, {id(config.layers): {}, id(config.targets): {}}), model)
+    if config.modules_to_save and hasattr(nn.ModuleDict, adapter_name):
+        raise ValueError(
+            f"adapter_name={adapter_name!r} is a word that PyTorch's ModuleDict uses itself: choose another"
+        )
+    method_of(config)  # says so if there is none, before anything else is looked at
+    if not config.replaces_layers:
+        return config
+    places = list(named_places(model))
+    modules: dict[str, nn.Module] = {name: module for name, _, _, module in places}
+    if config.target_modules is None:
+        # Remember what None meant, so that a saved file does not depend on a table.
+        config.target_modules = list(config.default_targets(model, modules))
+    for name in target_names(model, config, modules):
+        check_is_called(name, [(parent, attr) for _, parent, attr, module in places if module is modules[name]])
+        check_is_here(name, innermost(modules[name]), model)
+        config.targets[name] = innermost(modules[name])
+        config.builder(config.targets[name], name)  # says so if the method cannot adapt this kind of layer
+    return config
 
 
-def register_fast_form(turn: Callable[[AdapterLayer], bool]) -> None:
-    """Make a way known to turn a layer into a faster form of itself; it returns whether it did."""
-    _FAST_FORMS.insert(0, turn)
-
-
-def make_fast(layer: AdapterLayer) -> bool:
-    """Turn a layer into its fast form, if there is one."""
-    return any(turn(layer) for turn in _FAST_FORMS)
+def learned(model: nn.Module, config: Any, batches: Iterable[Any] | None) -> dict[str, Any]:
+    """What the method's ``prepare`` finds in the batches, with the model's other adapters switched off."""
+    method = method_of(config)
+    prepare = method.prepare or getattr(type(config), "prepare", None)
+    if prepare is None:
+        return {}
+    if batches is None:
+        raise ValueError(f"{method.name} starts from data: pass batches=[...], what the model is called with")
+    with disable_adapter(model) if injected_models(model) else nullcontext():
+        return prepare(config, model, batches)
 
 
 def plan_injection(model: nn.Module, config: Any, context: InjectionContext) -> Plan:
-    """Find the targets and build their layers without putting them into the model."""
-    config = copy.copy(with_task_head(config, model))
-    if config.modules_to_save and hasattr(nn.ModuleDict, context.adapter_name):
-        raise ValueError(
-            f"adapter_name={context.adapter_name!r} is a word that PyTorch's ModuleDict uses itself: choose another"
-        )
+    """Build the layers of a config that knows its targets, without putting them into the model."""
     places = list(named_places(model))
-    modules: dict[str, nn.Module] = {name: module for name, _, _, module in places}
-    names = target_names(model, config, modules) if config.replaces_layers else []
-    for name in names:
-        check_is_called(name, [(parent, attr) for _, parent, attr, module in places if module is modules[name]])
-        check_is_here(name, innermost(modules[name]), model)
-
-    layers = {name: config.build(modules[name], name, context) for name in names}
+    modules = {name: module for name, _, _, module in places}
+    layers = {name: config.build(modules[name], name, context) for name in config.targets}
     # A module with two names is one module: wherever it is registered, the same adapted layer takes its place.
     wrapped = {id(modules[name]): layer for name, layer in layers.items()}
     spots = [(parent, attr, wrapped[id(module)]) for _, parent, attr, module in places if id(module) in wrapped]
-    parts = config.parts(model, names, context)
+    parts = config.parts(model, list(layers), context)
     if both := [part.place for part in parts if isinstance(part, ModuleCopy) and part.place in layers]:
         raise ValueError(
             f"modules_to_save={config.modules_to_save}: {both[0]!r} is a target too; a module is adapted or saved whole"
         )
-    if config.replaces_layers and config.target_modules is None:
-        # Remember what None meant, so that a saved file does not depend on a table.
-        config = dataclasses.replace(config, target_modules=expand_targets(None, model, modules))
     config.layers = layers
     return Plan(config, context, layers, spots, parts)
 
@@ -167,12 +185,14 @@ def model_to_inject(model: nn.Module, config: Any, adapter_name: str) -> nn.Modu
     if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
         raise ValueError(f"adapter_name={adapter_name!r}: expected a non-empty name without dots")
     found = injected_models(model)
-    model = unwrapped_model(model) if len(found) != 1 else next(iter(found.values()))
+    check_one(model, found)
+    model = next(iter(found.values()), unwrapped_model(model))
     if "adapter_state" not in model.__dict__:
+        check_whole(model)
         if adapter_layers(model, adapter_name):
             raise ValueError(
-                f"layers of this model already have an adapter named {adapter_name!r}, put in by hand or into a part "
-                "of the model; choose another adapter_name"
+                f"layers of this model already have an adapter named {adapter_name!r}, put in by hand; "
+                "choose another adapter_name"
             )
         return model
     state = adapter_state(model)
@@ -209,25 +229,13 @@ def target_names(model: nn.Module, config: Any, modules: dict[str, nn.Module]) -
         first_names.setdefault(id(module), name)
     hits = [first_names[id(module)] for name, module in modules.items() if is_target(name, targets, *narrowed)]
     names = list(dict.fromkeys(hits))
+    left_out = experts_left_out(model, config, names)
     if not names:
-        anywhere = [name for name in modules if is_target(name, targets)]
-        reason = (
-            f"{len(anywhere)} modules fit, but exclude_modules, modules_to_save or layers_to_transform rule them out"
-            if anywhere
-            else f"no module of the {type(model).__name__} has such a name; near names: {near_names(targets, modules)}"
-        )
+        reason = f"no layer has such a name; {left_out}" if left_out else why_none(targets, model, frozen)
         raise ValueError(f"target_modules={config.target_modules!r}: {reason}")
-    warn_unused_targets(targets, modules)
+    warn_unused_targets(targets, frozen, left_out.means if left_out else lambda target: False)
     config.warn_unused_patterns(names)
     return names
-
-
-def warn_unused_targets(targets: str | Iterable[str], modules: dict[str, nn.Module]) -> None:
-    """Warn about names in a list of targets that no module has."""
-    for target in [] if isinstance(targets, str) else targets:
-        if not any(matches_names([target], name) for name in modules):
-            near = near_names(target, modules)
-            warnings.warn(f"target_modules: {target!r} fits no module; near names: {near}", stacklevel=5)
 
 
 def carry_out(model: nn.Module, plan: Plan, trainable: bool = True) -> None:
@@ -240,6 +248,7 @@ def carry_out(model: nn.Module, plan: Plan, trainable: bool = True) -> None:
     state = adapter_state(model)
     for parent, attribute, layer in plan.spots:
         setattr(parent, attribute, layer)
+        layer.injected = True
     for part in plan.parts:
         part.install()
     state.configs[name], state.contexts[name], state.parts[name] = plan.config, plan.context, plan.parts

@@ -98,11 +98,6 @@ class LoRALinear(AdapterLayer):
         self.reset_lora_parameters(init_lora_weights)
         self.train(base.training)
 
-    def features(self) -> tuple[int, int]:
-        """(in, out) of the base layer."""
-        out_features, in_features = self.weight.shape  # nn.Linear stores (out, in)
-        return in_features, out_features
-
     def reset_lora_parameters(self, init_lora_weights: bool | str) -> None:
         """Fresh A and B. B stays zero, so that training starts at the base model; A not too, or no gradient flows."""
         if init_lora_weights == "gaussian":
@@ -113,7 +108,7 @@ class LoRALinear(AdapterLayer):
             nn.init.kaiming_uniform_(self.lora_B, a=math.sqrt(5))
 
     def adapted(self, weight: Tensor, bias: Tensor | None) -> Pair:
-        return weight + self.delta_weight(), bias
+        return weight + self.oriented(self.delta_weight()), bias
 
     def factors(self) -> Factors:
         """The layer as base(x) + s · B (A · drop(x)): A (r, in), B (out, r), s, and the dropout in effect now."""
@@ -143,13 +138,6 @@ class LoRAConv1D(LoRALinear):
 
     kind = Conv1D
 
-    def features(self) -> tuple[int, int]:
-        in_features, out_features = self.weight.shape
-        return in_features, out_features
-
-    def adapted(self, weight: Tensor, bias: Tensor | None) -> Pair:
-        return weight + self.delta_weight().T, bias
-
 
 class LoRAEmbedding(LoRALinear):
     """LoRA for ``nn.Embedding``: row x of the table becomes W[x] + s · B A[:, x]. No dropout, as in PEFT.
@@ -164,10 +152,6 @@ class LoRAEmbedding(LoRALinear):
     kind = nn.Embedding
     factors = None  # type: ignore[assignment]  # rows are looked up, not multiplied
 
-    def features(self) -> tuple[int, int]:
-        rows, dim = self.weight.shape
-        return rows, dim
-
     def reset_lora_parameters(self, init_lora_weights: bool | str) -> None:
         nn.init.normal_(self.lora_B)
         if init_lora_weights is False:
@@ -178,9 +162,6 @@ class LoRAEmbedding(LoRALinear):
         h = F.embedding(x, self.lora_A.T, table.padding_idx, scale_grad_by_freq=table.scale_grad_by_freq)
         # Gemma's embedding multiplies its rows by embed_scale after the look-up.
         return F.linear(h, self.lora_B) * self.scaling * getattr(table, "embed_scale", 1)
-
-    def adapted(self, weight: Tensor, bias: Tensor | None) -> Pair:
-        return weight + self.delta_weight().T, bias
 
     def to_file(self) -> dict[str, Tensor]:
         return {"lora_embedding_A": self.lora_A, "lora_embedding_B": self.lora_B}

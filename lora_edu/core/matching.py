@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -77,6 +79,8 @@ def named_places(
     is registered somewhere inside itself is not entered again.
     """
     for attribute, module in model._modules.items():  # named_children() would skip the second name of a shared module
+        while module is not None and isinstance(compiled := module._modules.get("_orig_mod"), nn.Module):
+            module = compiled  # torch.compile keeps calling what it was given: replace the compiled module as a whole
         if module is None:
             continue
         name = prefix[:-1] if attribute in TRANSPARENT else f"{prefix}{attribute}"
@@ -234,8 +238,33 @@ def linear_endings(modules: dict[str, nn.Module]) -> list[str]:
 
 
 def near_names(wanted: str | Iterable[str], modules: dict[str, nn.Module]) -> list[str]:
-    """Names in the model that look like what was asked for: for error messages."""
-    endings = list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in modules if name))
+    """Names in the model that look like what was asked for: for error messages. Numbers in a list are no names."""
+    endings = dict.fromkeys(name.rsplit(".", 1)[-1] for name in modules if name)
+    names = [ending for ending in endings if not ending.isdigit()]
     asked = [wanted] if isinstance(wanted, str) else list(wanted)
-    near = [hit for name in asked for hit in difflib.get_close_matches(name.rsplit(".", 1)[-1], endings, n=3)]
+    near = [hit for name in asked for hit in difflib.get_close_matches(name.rsplit(".", 1)[-1], names, n=3)]
     return list(dict.fromkeys(near)) or linear_endings(modules)[:8]
+
+
+def why_none(targets: str | Iterable[str], model: nn.Module, modules: dict[str, nn.Module]) -> str:
+    """Why no module is a target: for an error message."""
+    if fit := sum(is_target(name, targets) for name in modules):
+        return f"{fit} modules fit, but exclude_modules, modules_to_save or layers_to_transform rule them out"
+    return f"no module of the {type(model).__name__} has such a name; near names: {near_names(targets, modules)}"
+
+
+def warn_unused_targets(
+    targets: str | Iterable[str], modules: dict[str, nn.Module], known: Callable[[str], bool]
+) -> None:
+    """Warn about names in a list of targets that no module has, but for those ``known`` to mean something else."""
+    for target in [] if isinstance(targets, str) else targets:
+        if not known(target) and not any(matches_names([target], name) for name in modules):
+            warn_caller(f"target_modules: {target!r} fits no module; near names: {near_names(target, modules)}")
+
+
+def warn_caller(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warn as from the line outside this package that led here."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("lora_edu."):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)

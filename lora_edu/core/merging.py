@@ -9,8 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from lora_edu.core.adapter import AdapterLayer, adapter_layers, adapters_around, check_combination, register_pair
+from lora_edu.core.adapter import AdapterLayer, adapter_layers, adapters_around, check_combination
 from lora_edu.core.matching import named_places
+from lora_edu.core.merge_state import register_pair
+from lora_edu.core.parts import TrainedCopy
 from lora_edu.core.state import adapter_state, injected_model, injected_models
 
 
@@ -25,12 +27,16 @@ def merge(model: nn.Module, adapter_names: str | Sequence[str] | None = None) ->
 
     Raises:
         KeyError: if the model has no adapter of that name.
-        ValueError: if a method has no dense form, if several cannot be merged together, or if a merged weight would
-            not be finite; no weight is changed then.
+        ValueError: if a method has no dense form or brings something that no weight can hold, if several cannot be
+            merged together, or if a merged weight would not be finite; no weight is changed then.
     """
     model = injected_model(model)
-    layers = layers_of(model, adapter_names)
+    names = names_of(model, adapter_names)
+    layers = [layer for name in names for layer in adapter_layers(model, name).values()]
     check_merge(model, layers)
+    for name in names:
+        if not adapter_layers(model, name):
+            check_unloadable(model, name)
     merge_layers(layers)
 
 
@@ -53,7 +59,7 @@ def merge_layers(layers: Iterable[AdapterLayer]) -> None:
             if not layer.merged:
                 layer.merge()
                 done.append(layer)
-    except ValueError:
+    except BaseException:
         for layer in reversed(done):
             layer.unmerge()
         raise
@@ -63,18 +69,29 @@ def unmerge(model: nn.Module, adapter_names: str | Sequence[str] | None = None) 
     """Take merged adapters (all of them, or the named ones) out of the weights again, bit for bit."""
     model = injected_model(model)
     names = list(adapter_state(model).configs) if adapter_names is None else adapter_names
-    for layer in layers_of(model, names):
-        layer.unmerge()
+    for name in names_of(model, names):
+        for layer in adapter_layers(model, name).values():
+            layer.unmerge()
 
 
-def layers_of(model: nn.Module, adapter_names: str | Sequence[str] | None) -> list[AdapterLayer]:
-    """The layers of the named adapters, or of the active ones."""
+def names_of(model: nn.Module, adapter_names: str | Sequence[str] | None) -> list[str]:
+    """The named adapters, each once, or the active ones. Raises KeyError for one that the model lacks."""
     state = adapter_state(model)
     names = state.active if adapter_names is None else adapter_names
     names = [names] if isinstance(names, str) else names
     for name in names:
         state.check_name(name)
-    return [layer for name in dict.fromkeys(names) for layer in adapter_layers(model, name).values()]
+    return list(dict.fromkeys(names))
+
+
+def check_unloadable(model: nn.Module, adapter_name: str) -> None:
+    """Raise if an adapter brings something that a plain model has no place for."""
+    for part in adapter_state(model).parts.get(adapter_name, []):
+        if not part.unloadable:
+            raise ValueError(
+                f"adapter {adapter_name!r} brings a {type(part).__name__} ({part.place}), which no weight of the plain "
+                "model can hold: it cannot be merged; keep it, or name other adapters"
+            )
 
 
 def merge_and_unload(model: Any) -> nn.Module:
@@ -93,19 +110,18 @@ def merge_and_unload(model: Any) -> nn.Module:
         return unwrapped(model)
     model = injected_model(model)
     state = adapter_state(model)
-    for name, parts in state.parts.items():
-        if name in state.active and (kept := next((part for part in parts if not part.unloadable), None)):
-            raise ValueError(
-                f"adapter {name!r} brings a {type(kept).__name__} ({kept.place}), which a plain model has no place for"
-            )
+    for name in state.active:
+        check_unloadable(model, name)
     merge(model)
-    for name, parts in state.parts.items():
+    for parts in state.parts.values():
         for part in parts:
-            part.unload(keep=name in state.active)
+            part.unload()
     for _, parent, attribute, module in list(named_places(model)):
         if isinstance(module, AdapterLayer):
             setattr(parent, attribute, unwrapped(module))
-    del model.__dict__["adapter_state"]
+        elif isinstance(module, TrainedCopy):
+            setattr(parent, attribute, module.module())
+    model.__dict__.pop("adapter_state", None)
     if getattr(getattr(model, "config", None), "tie_word_embeddings", False) and not tied_weight(model):
         model.config.tie_word_embeddings = False  # or loading the saved model would tie them again
         warnings.warn(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lora_edu.core.adapter import adapter_layers
 from lora_edu.core.matching import Wrapper, named_places, near_names
+from lora_edu.core.refusals import check_is_here
 
 PREFIX = "base_model.model."  # of every key in PEFT's files that names a module
 
@@ -29,7 +30,7 @@ class Part:
     Attributes:
         place: what it is about, for messages; two parts of one place cannot be in use at the same time.
         unloadable: ``merge_and_unload`` can leave its effect in a plain model.
-        by_row: in a mixed batch each row can have another; see ``row_output``.
+        by_row: a mixed batch can answer each row with another: ``serving.mixed`` does so for copies of modules.
     """
 
     place: str
@@ -61,9 +62,8 @@ class Part:
         """Whether a key that ``to_file`` does not have is known to repeat, in PEFT's files, what the others say."""
         return False
 
-    def unload(self, keep: bool) -> None:
-        """Leave the model for good: with its effect if ``keep``, else without."""
-        self.use(keep)
+    def unload(self) -> None:
+        """Leave the model for good: what is on by now leaves its effect, what is off leaves nothing."""
 
 
 class TrainedCopy(Wrapper):
@@ -139,11 +139,6 @@ class ModuleCopy(Part):
                 )
         return False
 
-    def unload(self, keep: bool) -> None:
-        for parent, attribute in self.spots:
-            if getattr(parent, attribute) is self.wrapper:
-                setattr(parent, attribute, self.wrapper.module())
-
 
 @dataclass
 class TrainedBias(Part):
@@ -188,12 +183,14 @@ def copies_to_train(model: nn.Module, wanted: Sequence[str] | None, adapter_name
     made: dict[int, ModuleCopy] = {}
     names: list[str] = []
     for name, parent, attribute, module in named_places(model):
-        if any(name.endswith(end) for end in wanted) and not any(name.startswith(outer + ".") for outer in names):
+        inside = any(f"{name}.".startswith(f"{outer}.") for outer in names) and id(module) not in made
+        if any(name.endswith(end) for end in wanted) and not inside:
             if adapter_layers(module.base if isinstance(module, TrainedCopy) else module):
                 raise ValueError(
                     f"modules_to_save: {name!r} is adapted by another adapter already; a module is either adapted or "
                     "saved as a whole"
                 )
+            check_is_here(name, module, model)
             names.append(name)
             if id(module) not in made:
                 wrapper = module if isinstance(module, TrainedCopy) else TrainedCopy(module)
@@ -235,6 +232,7 @@ def biases_to_train(model: nn.Module, bias: str, replaced: Sequence[str], copies
             if bias == "all" or name in replaced:
                 holder.in_file.append(name)
         if bias == "all" or name in replaced:
+            check_is_here(name, module, model)
             wanted.add(id(found))
     return [holder for key, holder in holders.items() if key in wanted]
 

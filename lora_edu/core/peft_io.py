@@ -21,11 +21,13 @@ from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from lora_edu.core.adapter import AdapterLayer, adapter_layers
-from lora_edu.core.config import AdapterConfig, InjectionContext, registered_methods
-from lora_edu.core.inject import carry_out, model_to_inject, plan_injection, trainability_kept_on_failure
+from lora_edu.core.config import AdapterConfig
+from lora_edu.core.experts import means_more_in_peft, warn_of_losses
+from lora_edu.core.inject import aimed, carry_out, model_to_inject, plan_injection, trainability_kept_on_failure
 from lora_edu.core.matching import named_places
+from lora_edu.core.methods import InjectionContext, method_of, registered_methods
 from lora_edu.core.parts import PREFIX, TASK_HEADS, ModuleCopy, Part
-from lora_edu.core.state import adapter_state, injected_model
+from lora_edu.core.state import adapter_state, injected_model, warn_if_not_averaged
 from lora_edu.core.vocabulary import grown_embeddings, grown_rows
 from lora_edu.files import write_atomically
 
@@ -58,17 +60,23 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, adapter_name: s
     tensors = tensors_of(layers, parts) | config.shared_to_file(state.contexts[adapter_name])
     tensors = grown_rows(model, tensors) | tensors
     stored = {key: gathered(tensor).to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
-    fields = config.to_file() | {
+    common = {
         "peft_type": config.peft_type,
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
         "inference_mode": True,
         "fan_in_fan_out": any(isinstance(layer.frozen, Conv1D) for layer in layers.values()),
     }
-    if fields["task_type"] in TASK_HEADS and not any(isinstance(part, ModuleCopy) for part in parts):
+    fields = method_of(config).file_fields(config.to_file())
+    fields |= {name: value for name, value in common.items() if name not in config.lacks}
+    if fields.get("task_type") in TASK_HEADS and not any(isinstance(part, ModuleCopy) for part in parts):
         # With it, PEFT looks for a head that is not in this file; without it, "all-linear" would mean the head as well.
         fields["task_type"] = None
-        if fields["target_modules"] == "all-linear":
+        if fields.get("target_modules") == "all-linear":
             fields["target_modules"] = list(layers)
+    if config.peft_type == "LORA" and layers:
+        if means_more_in_peft(model, fields.get("target_modules")):
+            fields["target_modules"] = list(layers)
+        warn_of_losses(model, layers)
     # Only the outer level is sorted: in rank_pattern and alpha_pattern the first key that fits counts.
     config_file = json.dumps(dict(sorted(fields.items())), indent=2).encode() + b"\n"
     folder = Path(directory)
@@ -97,10 +105,14 @@ def load_adapter(
     folder = Path(directory)
     config = read_config(folder)
     tensors = read_tensors(folder)
-    model = model_to_inject(model, config, adapter_name)
+    wrapper, model = model, model_to_inject(model, config, adapter_name)
     context = InjectionContext(adapter_name)
-    config.shared_from_file(tensors, context)
     with trainability_kept_on_failure(model), torch.no_grad():
+        config = aimed(model, config, adapter_name)
+        try:
+            config.shared_from_file(tensors, context)
+        except KeyError as error:
+            raise ValueError(f"{folder / WEIGHTS_FILE}: {error} is missing; the file is incomplete") from None
         plan = plan_injection(model, config, context)
         shared = plan.config.shared_to_file(context)
         unknown = tensors.keys() - (tensors_of(plan.layers, plan.parts) | shared).keys()
@@ -108,6 +120,8 @@ def load_adapter(
         check_tensors(tensors, plan.config, plan.layers, plan.parts, shared, model, folder)
         fill(plan.layers, plan.parts, tensors)
     carry_out(model, plan, trainable=is_trainable)
+    if is_trainable:
+        warn_if_not_averaged(wrapper)
 
 
 def read_config(folder: Path) -> AdapterConfig:
@@ -128,7 +142,9 @@ def read_config(folder: Path) -> AdapterConfig:
         raise ValueError(f"{path} is not valid JSON ({error}); write the adapter again") from None
     if not isinstance(fields, dict):
         raise ValueError(f"{path} holds a {type(fields).__name__}; expected an object with peft_type, r, …")
-    known = {method.config_type.peft_type: method.config_type for method in registered_methods()}
+    # A config class that inherits its peft_type writes files that are its parent's to read.
+    types = [method.config_type for method in reversed(registered_methods())]
+    known = {each.peft_type: each for each in types if "peft_type" in vars(each)}
     if fields.get("peft_type") not in known:
         raise ValueError(f"{path}: peft_type={fields.get('peft_type')!r}; lora_edu reads {', '.join(known)}")
     try:
@@ -160,7 +176,8 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
             f"{path} is not a complete safetensors file ({error}); it may be truncated, or a pickle under another name"
         ) from None
     # PEFT reads keys with its default adapter's name in them, and writes them without.
-    return {re.sub(r"\.default(?=\.|$)", "", key): tensor for key, tensor in tensors.items()}
+    # A module of the model may be called so too: the name counts only behind that of a tensor, as lora_A or hada_w1_a.
+    return {re.sub(r"(_\w+)\.default(?=(\.weight)?$)", r"\1", key): tensor for key, tensor in tensors.items()}
 
 
 def tensors_of(layers: Mapping[str, AdapterLayer], parts: Iterable[Part]) -> dict[str, Tensor]:

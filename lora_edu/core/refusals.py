@@ -6,18 +6,28 @@ would then have no effect and no gradient, until merging suddenly gave it one. L
 
 from __future__ import annotations
 
+import ast
 import inspect
-import re
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterator, Sequence
 from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
-# Owners whose kernels read weights although their source also calls the layer: (part of a class's name, attributes).
-FUSED_KERNELS = (("Mamba", ("out_proj", "dt_proj", "x_proj")),)
+from lora_edu.core.matching import TRANSPARENT
+
+# Kernels of the Mamba family that take these weights themselves, in training, where they are installed; without them,
+# as on a CPU, the layers are called. PEFT too refuses ``out_proj`` in any case.
+FUSED_KERNELS = ("mamba_inner_fn", "mamba_split_conv1d_scan_combined", "mamba2_split_conv1d_scan_combined")
+# Called in their source, but only where the model is quantised.
+READ_UNLESS_QUANTISED = (("FalconMambaMixer", "dt_proj"), ("JambaMambaMixer", "dt_proj"))
 ENCODER_LINEARS = ("linear1", "linear2")
+ABOUT_A_WEIGHT = ("device", "dtype", "is_cuda", "is_meta", "ndim", "requires_grad", "shape", "size")
+EVERY_MODULE = ("_modules", "children", "get_submodule", "modules", "named_children", "named_modules")
 
 
 def check_is_called(name: str, places: Sequence[tuple[nn.Module, str]]) -> None:
@@ -26,61 +36,115 @@ def check_is_called(name: str, places: Sequence[tuple[nn.Module, str]]) -> None:
     Args:
         name: the layer's name in the model, for the message.
         places: (owner, attribute) wherever the layer is registered.
+
+    Raises:
+        ValueError: if so. ``nn.TransformerEncoderLayer`` can be told to call its layers; the message says how.
     """
-    if all(takes_fast_path(owner, attribute) for owner, attribute in places):
+    owners = [(owner, attribute) for owner, attribute in places if attribute not in TRANSPARENT]
+    if owners and all(takes_fast_path(owner, attribute) for owner, attribute in owners):
         raise ValueError(
             f"{name!r}: in eval mode nn.TransformerEncoderLayer takes a fast path that reads the weight and skips "
             "the adapter; call torch.backends.mha.set_fastpath_enabled(False) first, or use exclude_modules"
         )
-    owners: list[tuple[Any, str]] = [(type(owner), attribute) for owner, attribute in places]
-    if all(reads_only_the_weight(owner, attribute) for owner, attribute in owners):
+    if owners and all(reads_only_the_weight(type(owner), attribute) for owner, attribute in owners):
         raise ValueError(
-            f"{name!r}: {type(places[0][0]).__name__} reads this layer's weight and never calls the layer, so an "
-            "adapter in it would have no effect until it was merged; leave it out with exclude_modules"
+            f"{name!r}: {type(owners[0][0]).__name__} reads this layer's weight and does not call the layer, so an "
+            f"adapter in it would have no effect until it was merged; leave it out: exclude_modules=[{name!r}]"
         )
 
 
-def takes_fast_path(owner: nn.Module, attribute: str) -> bool:
-    """Whether this is a linear layer of PyTorch's own encoder block, which in eval mode fuses it away."""
-    inside = isinstance(owner, nn.TransformerEncoderLayer) and attribute in ENCODER_LINEARS
-    return inside and torch.backends.mha.get_fastpath_enabled()
+def takes_fast_path(owner: Any, attribute: str) -> bool:
+    """Whether this is a linear layer of PyTorch's own encoder block, which in eval mode fuses it away.
+
+    The block's settings must allow it as well: the fast path wants ``batch_first=True``, for example.
+    """
+    if type(owner).forward is not nn.TransformerEncoderLayer.forward or attribute not in ENCODER_LINEARS:
+        return False
+    attention = owner.self_attn
+    allowed = attention.batch_first and attention._qkv_same_embed_dim and attention.in_proj_bias is not None
+    fusable = owner.activation_relu_or_gelu and owner.norm1.eps == owner.norm2.eps and attention.num_heads % 2 == 0
+    return bool(allowed and fusable and torch.backends.mha.get_fastpath_enabled())
 
 
-@cache
 def reads_only_the_weight(owner: Any, attribute: str) -> bool:
     """Whether a class's source reads ``self.x.weight``, never calls ``self.x(…)``, and hands ``self.x`` to nobody.
 
     Where there is no source to read, as for classes typed into a console, nothing is known: False.
     """
-    if any(part in owner.__name__ and attribute in names for part, names in FUSED_KERNELS):
+    if (owner.__name__, attribute) in READ_UNLESS_QUANTISED:
         return True
-    source = ""
+    seen: set[str] = set()
     for each in owner.__mro__:
-        if each is nn.Module:
+        if each in (nn.Module, PreTrainedModel):
             break
-        try:
-            source += inspect.getsource(each)
-        except (OSError, TypeError):
+        if (uses := uses_in(each)) is None:
             return False
-    this = rf"\bself\.{re.escape(attribute)}\b"
-    reads = re.search(rf"{this}\.weight\b", source)
-    calls = re.search(rf"{this}\s*\(", source)
-    hands_on = re.search(rf"{this}(?!\s*[.(=:\w\[])", source)
-    return bool(reads) and not calls and not hands_on
+        seen |= {use for name, use in uses if name in (attribute, "")}
+    if "fused" in seen and (attribute == "out_proj" or find_spec("mamba_ssm") is not None):
+        return True
+    return "read" in seen and "called" not in seen
 
 
-def check_is_here(name: str, layer: Any, model: nn.Module) -> None:
-    """Raise if a layer's weight is not in memory while the model computes: it was offloaded to CPU or disk.
+@cache
+def uses_in(owner: type) -> frozenset[tuple[str, str]] | None:
+    """What a class's own source does with its attributes: (x, "called"), (x, "read") or (x, "fused"); None if unknown.
+
+    "read" is the weight as an operand, "called" is whatever else may lead to a call. The attribute "" is any of them.
+    """
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(owner)))
+    except (OSError, TypeError, SyntaxError):
+        return None
+    methods = [each for each in ast.walk(tree) if isinstance(each, ast.FunctionDef | ast.AsyncFunctionDef)]
+    return frozenset(use for method in methods for use in uses_in_method(method))
+
+
+def uses_in_method(method: ast.AST) -> Iterator[tuple[str, str]]:
+    """The uses in one method. One that sets values up reads weights that others will call."""
+    above = {id(child): node for node in ast.walk(method) for child in ast.iter_child_nodes(node)}
+    setting_up = any(word in getattr(method, "name", "") for word in ("init", "reset", "tie"))
+    for node in ast.walk(method):
+        if not isinstance(node, ast.Name) or node.id != "self":
+            continue
+        chain, parent = [], above[id(node)]  # self.x.weight.dtype: ["x", "weight", "dtype"]
+        while isinstance(parent, ast.Attribute):
+            chain.append(parent.attr)
+            node, parent = parent, above[id(parent)]  # type: ignore[assignment]
+        called = isinstance(parent, ast.Call) and parent.func is node
+        if not chain or chain[0] in EVERY_MODULE:
+            if not (setting_up or asks_about(parent)):
+                yield "", "called"  # self is handed on, or all its modules are gone through
+        elif chain[1:] in (["forward"], ["__call__"]) or (len(chain) == 1 and called):
+            yield chain[0], "called"
+        elif isinstance(getattr(node, "ctx", None), ast.Store | ast.Del):
+            continue
+        elif len(chain) == 1:
+            if not asks_about(parent):
+                yield chain[0], "called"  # handed on: whoever gets it may call it
+        elif chain[1] == "weight" and not (setting_up or (chain[2:] and chain[2] in ABOUT_A_WEIGHT)):
+            yield chain[0], "read"
+            while not isinstance(parent, ast.stmt):
+                if isinstance(parent, ast.Call) and getattr(parent.func, "id", None) in FUSED_KERNELS:
+                    yield chain[0], "fused"
+                parent = above[id(parent)]
+
+
+def asks_about(parent: ast.AST) -> bool:
+    """Whether an expression only looks at what stands in it: ``x is None``, ``hasattr(x, …)``."""
+    words = ("hasattr", "id", "isinstance", "len", "super", "type")
+    return isinstance(parent, ast.Compare) or (isinstance(parent, ast.Call) and getattr(parent.func, "id", "") in words)
+
+
+def check_is_here(name: str, module: nn.Module, model: nn.Module) -> None:
+    """Raise if a module's weights are not in memory while the model computes: they were offloaded to CPU or disk.
 
     A model that is on the meta device as a whole computes nothing: adapters may be counted there.
     """
-    hook = getattr(layer, "_hf_hook", None)
-    offloaded = bool(getattr(hook, "offload", False)) or any(
-        getattr(each, "offload", False) for each in getattr(hook, "hooks", ())
-    )
-    alone = layer.weight.is_meta and not all(parameter.is_meta for parameter in model.parameters())
+    hooks = [getattr(each, "_hf_hook", None) for each in module.modules()]  # Accelerate's; some hold several
+    offloaded = any(getattr(each, "offload", False) for hook in hooks for each in getattr(hook, "hooks", [hook]))
+    alone = any(p.is_meta for p in module.parameters()) and not all(p.is_meta for p in model.parameters())
     if offloaded or alone:
         raise ValueError(
-            f"{name!r} has its weight offloaded (on the meta device), so an adapter could be neither placed nor "
-            "trained beside it: load the model without offloading, or narrow target_modules to layers that are here"
+            f"{name!r} has its weight offloaded (on the meta device), so nothing could be placed and trained beside "
+            "it: load the model without offloading, or choose modules that are here"
         )

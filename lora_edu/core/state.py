@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from lora_edu.core.adapter import AdapterLayer, adapter_layers, adapters_around, check_combination
-from lora_edu.core.matching import named_places
+from lora_edu.core.matching import named_places, warn_caller
 from lora_edu.core.parts import Part
 
 
@@ -63,36 +63,70 @@ def injected_models(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def injected_model(model: nn.Module) -> nn.Module:
-    """The one injected model that this one is or holds. Layers that were wrapped by hand get a state here.
+    """The one injected model that this one is or holds; else this one, if layers in it were wrapped by hand.
 
     Raises:
-        ValueError: if there is none, or more than one.
+        ValueError: if there is none, or more than one, or if this is only a part of an injected model.
     """
     found = injected_models(model)
-    if len(found) > 1:
-        raise ValueError(
-            f"adapters were injected into {len(found)} parts of this {type(model).__name__}: {', '.join(found)}; "
-            f"give one of them, for example model.{next(iter(found))}"
-        )
+    check_one(model, found)
     if found:
         return next(iter(found.values()))
     model = unwrapped_model(model)
-    places = [model, *(module for _, _, _, module in named_places(model))]
-    layers = [layer for module in places for layer in adapters_around(module)]
-    if not layers:
+    if not layers_in(model):
         raise ValueError(
             f"this {type(model).__name__} has no adapters: call inject(model, LoraConfig(...)) or "
             "load_adapter(model, directory) first, with the same model object"
         )
-    names = list(dict.fromkeys(layer.adapter_name for layer in layers))
-    active = [name for name in names if any(la.active for la in layers if la.adapter_name == name)]
-    model.__dict__["adapter_state"] = AdapterState(configs=dict.fromkeys(names), active=active)
+    check_whole(model)
     return model
 
 
+def check_one(model: nn.Module, found: dict[str, nn.Module]) -> None:
+    """Raise if several parts of a model were injected, each on its own."""
+    if len(found) > 1:
+        raise ValueError(
+            f"adapters were injected into {len(found)} parts of this {type(model).__name__}, each on its own: "
+            f"{', '.join(found)}; give one of them, for example model.get_submodule({next(iter(found))!r})"
+        )
+
+
+def check_whole(model: nn.Module) -> None:
+    """Raise if a model without a state of its own has layers that were adapted together with a larger one."""
+    if any(layer.injected for layer in layers_in(model)):
+        raise ValueError(
+            f"the adapters in this {type(model).__name__} were injected into a larger model, of which it is a part: "
+            "give that model"
+        )
+
+
+def layers_in(model: nn.Module) -> list[AdapterLayer]:
+    """Every adapted layer that this is or holds."""
+    places = [model, *(module for _, _, _, module in named_places(model))]
+    return [layer for module in places for layer in adapters_around(module)]
+
+
 def adapter_state(model: nn.Module) -> AdapterState:
-    """The adapter state of the one injected model that this one is or holds; errors as in ``injected_model``."""
-    return injected_model(model).__dict__["adapter_state"]
+    """The adapter state of the one injected model that this one is or holds; errors as in ``injected_model``.
+
+    Layers that were wrapped by hand have no state but what they say themselves.
+    """
+    model = injected_model(model)
+    if "adapter_state" in model.__dict__:
+        return model.__dict__["adapter_state"]
+    layers = layers_in(model)
+    names = list(dict.fromkeys(layer.adapter_name for layer in layers))
+    active = [name for name in names if any(la.active for la in layers if la.adapter_name == name)]
+    return AdapterState(configs=dict.fromkeys(names), active=active)
+
+
+def warn_if_not_averaged(model: nn.Module) -> None:
+    """Warn if something is to train that DistributedDataParallel, built before, does not know."""
+    if any(isinstance(each, nn.parallel.DistributedDataParallel) and each.training for each in model.modules()):
+        warn_caller(
+            "DistributedDataParallel averages the gradients only of what trained when it was built: before training, "
+            "build it anew around the model"
+        )
 
 
 def set_adapter(model: nn.Module, adapter_name: str | Sequence[str]) -> None:
@@ -102,8 +136,8 @@ def set_adapter(model: nn.Module, adapter_name: str | Sequence[str]) -> None:
         KeyError: if the model has no adapter of that name.
         ValueError: if an adapter is merged into the weights, or several cannot be in use together.
     """
-    model = injected_model(model)
-    names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+    wrapper, model = model, injected_model(model)
+    names = [adapter_name] if isinstance(adapter_name, str) else list(dict.fromkeys(adapter_name))
     state = adapter_state(model)
     for name in names:
         state.check_name(name)
@@ -113,13 +147,15 @@ def set_adapter(model: nn.Module, adapter_name: str | Sequence[str]) -> None:
     for outermost in places.values():
         check_combination([layer for layer in adapters_around(outermost) if layer.adapter_name in names])
     taken: dict[str, str] = {}
-    for name in dict.fromkeys(names):
+    for name in names:
         for part in state.parts.get(name, []):
             if other := taken.get(part.place):
                 raise ValueError(
                     f"{part.place!r} is trained by each of {[other, name]}, and only one can be in use: name one"
                 )
             taken[part.place] = name
+    if any(name not in state.active for name in names):
+        warn_if_not_averaged(wrapper)
     activate(model, names)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_edu.core.adapter import AdapterLayer
-from lora_edu.core.inject import register_fast_form
+from lora_edu.core.methods import register_fast_form
 from lora_edu.fast.function import lora_linears
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -38,6 +38,11 @@ class FusedForward:
         as_it_came = type(base).forward in PLAIN and not any(getattr(base, hooks) for hooks in HOOKS)
         return as_it_came and self.adds_to_output()
 
+    def __reduce__(self) -> Any:
+        """How to copy and pickle a layer whose class was made here and cannot be found by its name."""
+        classes = type(self).__mro__
+        return new_fused, (classes[classes.index(FusedForward) + 1],), self.__dict__
+
 
 PLAIN = tuple(kind.forward for kind in KINDS)
 
@@ -46,6 +51,12 @@ PLAIN = tuple(kind.forward for kind in KINDS)
 def fused_class(layer_class: Any) -> type[AdapterLayer]:
     """The class with the fused forward pass in front: ``FastLoRALinear`` of ``LoRALinear``."""
     return type(f"Fast{layer_class.__name__}", (FusedForward, layer_class), {"__doc__": layer_class.__doc__})
+
+
+def new_fused(layer_class: Any) -> AdapterLayer:
+    """An empty layer of the fused class, for ``pickle``."""
+    fused = fused_class(layer_class)
+    return fused.__new__(fused)
 
 
 def fuse(layer: AdapterLayer) -> bool:

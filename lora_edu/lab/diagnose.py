@@ -155,28 +155,63 @@ def counted_tokens(row: Mapping[str, Any], tokenizer: Any) -> str:
 def without_gradient(model: nn.Module) -> list[str]:
     """Adapted layers whose parameters all train, and of which none has a gradient after ``loss.backward()``.
 
-    The forward pass never called them, or its result did not enter the loss.
+    The forward pass never called them, or its result did not enter the loss. Merged layers are left out.
     """
-    places = named_places(unwrapped_model(model))
-    layers = dict.fromkeys((name, layer) for name, _, _, module in places for layer in adapters_around(module))
-    parameters = [(name, layer.adapter_parameters()) for name, layer in layers]
-    return [name for name, each in parameters if each and all(p.requires_grad and p.grad is None for p in each)]
+    found = adapters_in(model)
+    parameters = [(name, layer.adapter_parameters()) for name, layer in found if not layer.merged]
+    silent = [name for name, each in parameters if each and all(p.requires_grad and p.grad is None for p in each)]
+    return list(dict.fromkeys(silent))
 
 
-def check_called(model: nn.Module, batch: Mapping[str, Any]) -> list[str]:
-    """The adapted layers that a forward pass on this batch does not reach, found by one backward pass.
+def check_called(model: nn.Module, batch: Mapping[str, Any] | Tensor) -> list[str]:
+    """The adapted layers in use that a forward pass on this batch does not reach, found by one backward pass.
 
-    Gradients are afterwards as they were. An empty list is good news.
+    An empty list is good news. The model runs in the mode it is in: some layers are called in training only. What
+    trains, and every gradient, is afterwards as it was.
+
+    Args:
+        batch: what the model is called with, as a dictionary, or as its only argument.
+
+    Raises:
+        ValueError: if no adapter of the model is in use, or all are merged.
     """
-    before = [(parameter, parameter.grad) for parameter in model.parameters()]
-    for parameter, _ in before:
-        parameter.grad = None
+    model = unwrapped_model(model)
+    in_use = [layer for _, layer in adapters_in(model) if layer.adds_to_output()]
+    if not in_use:
+        raise ValueError(f"no adapter is in use in this {type(model).__name__}: call inject, set_adapter or unmerge")
+    before = [(parameter, parameter.grad, parameter.requires_grad) for parameter in model.parameters()]
     try:
-        model(**batch).loss.backward()
+        for parameter, _, _ in before:
+            parameter.grad = None
+            parameter.requires_grad_(False)
+        for layer in in_use:
+            for parameter in layer.adapter_parameters():
+                parameter.requires_grad_(True)
+        with torch.enable_grad():
+            output = model(**batch) if isinstance(batch, Mapping) else model(batch)
+            if reached := [tensor.sum() for tensor in tensors_in(output) if tensor.requires_grad]:
+                torch.stack(reached).sum().backward()
         return without_gradient(model)
     finally:
-        for parameter, gradient in before:
+        for parameter, gradient, requires_grad in before:
+            parameter.requires_grad_(requires_grad)
             parameter.grad = gradient
+
+
+def adapters_in(model: nn.Module) -> list[tuple[str, AdapterLayer]]:
+    """Every adapted layer of a model by its original name, each once."""
+    places = [("", model), *((name, module) for name, _, _, module in named_places(unwrapped_model(model)))]
+    found = {id(layer): (name, layer) for name, module in reversed(places) for layer in adapters_around(module)}
+    return list(found.values())[::-1]
+
+
+def tensors_in(output: Any) -> Iterator[Tensor]:
+    """The tensors of a model's output, which may be one, or some in tuples, lists and dictionaries."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping | list | tuple):
+        for each in output.values() if isinstance(output, Mapping) else output:
+            yield from tensors_in(each)
 
 
 def training_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -5,28 +5,35 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lora_edu.core.adapter import AdapterLayer
 from lora_edu.core.state import adapter_state, injected_models
 from lora_edu.lab.diagnose import without_gradient
 
+HOOKS = ("extra_loss", "after_backward", "after_step")
+
 
 class Hooks:
-    """The training hooks of a model: those of its modules, and of the configs of its adapters.
+    """The training hooks of a model: those of its modules, and of its adapters' configs.
 
     ``extra_loss()`` adds to the loss; ``after_backward(step)`` runs once the gradients are there, before they are
-    clipped; ``after_step(step)`` after the optimizer's step, before they are cleared. Steps count from 1.
+    clipped; ``after_step(step)`` after the optimizer's step, before they are cleared. Steps count from 1. Layers and
+    configs of adapters that are not active train nothing and are not called.
     """
 
     def __init__(self, model: nn.Module):
         self.model = model
         self.first = True
-        configs = [c for each in injected_models(model).values() for c in adapter_state(each).configs.values()]
-        self.holders: list[Any] = [*model.modules(), *configs]
+        states = [adapter_state(each) for each in injected_models(model).values()]
+        configs = [config for state in states for name, config in state.configs.items() if name in state.active]
+        modules = [each for each in model.modules() if not (isinstance(each, AdapterLayer) and not each.active)]
+        self.holders: dict[str, list[Any]] = {
+            name: [each for each in (*modules, *configs) if hasattr(each, name)] for name in HOOKS
+        }
 
     def add_to(self, loss: Tensor) -> Tensor:
         """The loss with every ``extra_loss()``."""
-        for holder in self.holders:
-            if hasattr(holder, "extra_loss"):
-                loss = loss + holder.extra_loss()
+        for holder in self.holders["extra_loss"]:
+            loss = loss + holder.extra_loss()
         return loss
 
     def after_backward(self, step: int) -> None:
@@ -38,13 +45,10 @@ class Hooks:
                 stacklevel=3,
             )
         self.first = False
-        self._call("after_backward", step)
+        for holder in self.holders["after_backward"]:
+            holder.after_backward(step)
 
     def after_step(self, step: int) -> None:
         """Call the hooks of that name."""
-        self._call("after_step", step)
-
-    def _call(self, name: str, step: int) -> None:
-        for holder in self.holders:
-            if hasattr(holder, name):
-                getattr(holder, name)(step)
+        for holder in self.holders["after_step"]:
+            holder.after_step(step)

@@ -6,13 +6,17 @@ and memory does not grow, however many adapters pass through.
 
 from __future__ import annotations
 
+import dataclasses
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
+import torch
 from torch import nn
 
-from lora_edu.core.adapter import adapter_layers
-from lora_edu.core.config import method_of
+from lora_edu.core.adapter import AdapterLayer, adapter_layers
+from lora_edu.core.config import AdapterConfig
+from lora_edu.core.methods import method_of
 from lora_edu.core.peft_io import check_tensors, fill, read_config, read_tensors
 from lora_edu.core.state import adapter_state, injected_model
 
@@ -30,7 +34,8 @@ def hotswap_adapter(model: nn.Module, directory: str | os.PathLike, adapter_name
     Raises:
         KeyError: if the model has no adapter of that name.
         FileNotFoundError: the directory or one of its files is missing.
-        ValueError: the adapter is merged; the file is damaged, or its layers, ranks or method are other ones.
+        ValueError: the adapter is merged; the file is damaged, or its layers, ranks, method or (unless the method's
+            layers can take them over) settings are other ones.
 
     Source: PEFT's ``hotswap_adapter``, which fills what a file lacks with zeros; here that is an error.
     """
@@ -55,9 +60,27 @@ def hotswap_adapter(model: nn.Module, directory: str | os.PathLike, adapter_name
             f"{folder}: a {type(other).__name__} depends on more than its tensors, so it is not swapped in place; use "
             "load_adapter with a new adapter_name"
         )
-    check_tensors(tensors, old, layers, parts, old.shared_to_file(state.contexts[adapter_name]), model, folder)
+    check_taken_over(old, config, layers.values(), folder)
+    shared = old.shared_to_file(state.contexts[adapter_name])
+    check_tensors(tensors, old, layers, parts, shared, model, folder)
     fill(layers, parts, tensors)
+    with torch.no_grad():
+        for key, tensor in shared.items():
+            tensor.copy_(tensors[key])
     config.layers = layers
     for name, layer in layers.items():
         layer.reconfigure(config, name)
     state.configs[adapter_name] = config
+
+
+def check_taken_over(old: AdapterConfig, new: AdapterConfig, layers: Iterable[AdapterLayer], folder: Path) -> None:
+    """Raise if a setting of the method differs, and a layer does not say how to take it over once it is built."""
+    common = {each.name for each in dataclasses.fields(AdapterConfig)}
+    said = {name: value for name, value in old.to_file().items() if name not in common}
+    changed = {name: getattr(new, name) for name, value in said.items() if getattr(new, name) != value}
+    fixed = next((layer for layer in layers if type(layer).reconfigure is AdapterLayer.reconfigure), None)
+    if changed and fixed is not None:
+        raise ValueError(
+            f"{folder} has other settings than the adapter to be replaced ({changed}), and a {type(fixed).__name__} "
+            "keeps those that it was built with: use load_adapter with a new adapter_name"
+        )

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import shutil
 
 import pytest
@@ -302,6 +303,29 @@ def test_files_that_do_not_fit(case, saved, model, unchanged):
     damage(saved)
     with pytest.raises(error, match=message):
         load_adapter(model, saved)
+
+
+def test_a_dora_file_is_refused_by_the_one_field_that_matters(saved, model):
+    change_config(saved, use_dora=True)
+    with pytest.raises(ValueError, match="use_dora=True") as refused:
+        load_adapter(model, saved)
+    fields = json.loads((saved / CONFIG_FILE).read_text())
+    assert [name for name in fields if re.search(rf"\b{name}\b", str(refused.value))] == ["use_dora"]
+
+
+def test_a_module_may_be_called_like_pefts_default_adapter(tmp_path):
+    def fresh():
+        torch.manual_seed(0)
+        return nn.ModuleDict({"default": nn.ModuleDict({"proj": nn.Linear(3, 4)}), "other": nn.Linear(4, 2)})
+
+    model = fresh()
+    inject(model, LoraConfig(r=2, target_modules=["proj", "other"], bias="all"))
+    save_adapter(model, tmp_path)
+    load_adapter(fresh(), tmp_path)
+    change_tensors(
+        tmp_path, lambda t: t.update({key.replace("lora_A", "lora_A.default"): t.pop(key) for key in list(t)})
+    )
+    load_adapter(fresh(), tmp_path)
 
 
 def test_an_undamaged_file_loads(saved, model):

@@ -1,10 +1,13 @@
 """The fused LoRA layer: values and gradients are the plain layer's; what it does not cover, it leaves alone."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
+from transformers import T5Config, T5ForConditionalGeneration
 from transformers.pytorch_utils import Conv1D
 
 from lora_edu import LoraConfig, LoRALinear, disable_adapter, inject, merge, merge_and_unload, set_adapter, unmerge
@@ -402,6 +405,27 @@ def test_compiled_blocks_step_as_plain_ones():
     for block in fast[1:]:
         block.compile(backend="aot_eager", fullgraph=True)
     assert_same_step(fast, blocks(False))
+
+
+def test_a_model_is_copied_after_a_forward_that_was_left_unfinished():
+    """A layer holds nothing of a forward pass: its siblings may never be called, and no backward may come."""
+    model = blocks(True)
+    half = model[1].gate_proj(torch.ones(2, 8, dtype=torch.float64))
+    twin = copy.deepcopy(model)
+    assert half.requires_grad
+    assert torch.equal(twin(IDS), model(IDS))
+    twin(IDS).sum().backward()
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_an_encoder_decoder_is_copied_after_a_forward():
+    """T5's decoder hands the encoder's output to k and v of every block."""
+    torch.manual_seed(0)
+    config = T5Config(d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=4, vocab_size=20, decoder_start_token_id=0)
+    model = T5ForConditionalGeneration(config).eval()
+    inject(model, LoraConfig(r=2, target_modules=["q", "k", "v"], init_lora_weights=False), fast=True)
+    logits = model(input_ids=IDS, labels=IDS).logits
+    assert torch.equal(copy.deepcopy(model)(input_ids=IDS, labels=IDS).logits, logits)
 
 
 def test_conv1d_alone():
