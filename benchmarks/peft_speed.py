@@ -124,7 +124,7 @@ class Step:
             if method == "peft":
                 self.model = peft.get_peft_model(self.model, peft.LoraConfig(**lora))
             else:
-                lora_edu.core.inject(self.model, lora_edu.LoraConfig(**lora), fast=method == "fast")
+                lora_edu.inject(self.model, lora_edu.LoraConfig(**lora), fast=method == "fast")
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.trainable = sum(parameter.numel() for parameter in trained)
         self.optimizer = torch.optim.AdamW(trained, lr=1e-4)

@@ -204,7 +204,7 @@ def test_asking_a_merged_layer_for_its_weight_warns_of_nothing(built):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.allclose(layer.effective_weight(), expected, rtol=1e-12)
-        assert layer.adds_to_output is False
+        assert not layer.adds_to_output()
     assert torch.equal(base.weight, before)
     assert layer.merged
 
