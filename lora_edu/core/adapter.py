@@ -23,9 +23,9 @@ class AdapterLayer(Wrapper):
     """A frozen layer and one adapter around it: the contract of every method.
 
     A subclass gives ``forward(x)``, ``adapted(weight, bias)``, ``adapter_parameters()`` and ``to_file()``; merging,
-    effective weights, files and mixed batches are written once, here and in the core, from these. Adapters nest:
-    ``base`` may itself be an adapted layer, and ``frozen`` is the pretrained layer at the bottom. What starts from
-    the pretrained weight starts from that one.
+    effective weights, files and mixed batches are written once, here and in the core, from these. One that is
+    W x + s · B (A · drop(x)) may say so by ``factors()``, as ``LoRALinear`` does. Adapters nest: ``base`` may itself
+    be an adapted layer, and ``frozen`` is the pretrained layer at the bottom, from which all start.
 
     Attributes:
         additive: the adapted weight is W + ΔW with a ΔW that does not depend on W, so that the adapter can stand
@@ -46,6 +46,7 @@ class AdapterLayer(Wrapper):
     mergeable: ClassVar[bool] = True
 
     def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
         if "forward" in cls.__dict__:  # a DoRA that derives from LoRA must not pass for a sum, nor for s · B (A x)
             for promise, without in (("additive", False), ("factors", None)):
                 if promise not in cls.__dict__:

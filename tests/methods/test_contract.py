@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from outside import adalora, bottleneck, dora, eva, ia3, loha, prefix, vera
+from outside import adalora, bottleneck, dora, eva, ia3, loha, pissa, prefix, vera
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -72,7 +72,9 @@ METHODS = {
         lambda **more: loha.LoHaLikeConfig(**{"r": 3, "alpha": 5, **more}), "LoHaLayer", conv1d=True, fused=False
     ),
     "adalora": Case(adalora.AdaLoraLikeConfig, "SVDLayer"),
-    "pissa": Case(lambda **more: lora(init_lora_weights="shifted", **more), "ShiftedLinear", swapped="PiSSA-like"),
+    "pissa": Case(
+        lambda **more: pissa.PissaLikeConfig(**{"r": 3, "lora_alpha": 5, **more}), "ShiftedLinear", swapped="PiSSA-like"
+    ),
     "dora": Case(
         lambda **more: dora.DoraLikeConfig(**{"r": 3, **more}), "MagnitudeLinear",
         additive=False, fused=False, swapped="MagnitudeLinear",
@@ -617,7 +619,7 @@ def test_pissa_starts_away_from_zero_and_leaves_the_base():
     for layer in adapter_layers(model).values():
         assert layer.lora_B.norm() > 0.1
         assert layer.delta_weight().abs().max() < 1e-12
-    config = lora(target_modules=["q_proj"], init_lora_weights="shifted", modules_to_save=["no such module"])
+    config = pissa.PissaLikeConfig(target_modules=["q_proj"], modules_to_save=["no such module"])
     plain = plain_model()
     with refused(plain, "no such module"):
         inject(plain, config)
@@ -625,14 +627,59 @@ def test_pissa_starts_away_from_zero_and_leaves_the_base():
 
 def test_pissas_file_is_a_plain_lora_of_twice_the_rank(tmp_path):
     model = plain_model()
-    inject(model, lora(target_modules=["q_proj", "down_proj"], init_lora_weights="shifted", use_rslora=True,
-                       rank_pattern={"down_proj": 2}, alpha_pattern={"q_proj": 7}))  # fmt: skip
+    config = pissa.PissaLikeConfig(
+        r=3, lora_alpha=5, target_modules=["q_proj", "down_proj"], use_rslora=True,
+        rank_pattern={"down_proj": 2}, alpha_pattern={"q_proj": 7},
+    )  # fmt: skip
+    inject(model, config)
     shake(model)
     save_adapter(model, tmp_path)
     again = plain_model()
     load_adapter(again, tmp_path)
     assert {type(layer) for layer in adapter_layers(again).values()} == {LoRALinear}
     assert {layer.r for layer in adapter_layers(again).values()} == {4, 6}
+    assert torch.allclose(outputs(again), outputs(model), atol=1e-12)
+
+
+def test_a_field_of_a_shared_config_switches_a_method_on(tmp_path):
+    """As init_lora_weights does: when it applies, how it prepares and what its file is are said in ``register``."""
+
+    @dataclass
+    class Switched(LoraConfig):
+        start: str = "plain"
+
+    def fields_of_lora(fields):
+        del fields["start"]
+        return pissa.as_plain_lora(fields)
+
+    def build(base, name, config, context):
+        assert context.shared == {"batches": 2, "r": 3}
+        return pissa.build(base, name, config, context)
+
+    def plain(base, name, config, context):
+        return LoRALinear(base, r=config.r, **context.settings)
+
+    def prepare(config, model, batches):
+        return {"batches": len(batches), "r": config.r}
+
+    register("plain", Switched, {nn.Linear: plain}, applies=lambda config: config.start == "plain")
+    register(
+        "shifted", Switched, {nn.Linear: build}, applies=lambda config: config.start == "shifted",
+        prepare=prepare, file_fields=fields_of_lora,
+    )  # fmt: skip
+    settings = {"r": 3, "target_modules": TARGETS["biases"]}
+    inject(other := plain_model(), Switched(**settings))
+    assert {type(layer) for layer in adapter_layers(other).values()} == {LoRALinear}
+    model = plain_model()
+    with refused(model, "shifted", "batches"):
+        inject(model, Switched(start="shifted", **settings))
+    with refused(model, "start='sideways'", "shifted, plain"):
+        inject(model, Switched(start="sideways", **settings))
+    inject(model, Switched(start="shifted", **settings), batches=BATCHES)
+    shake(model)
+    save_adapter(model, tmp_path)
+    load_adapter(again := plain_model(), tmp_path)
+    assert type(adapter_state(again).configs["default"]) is LoraConfig
     assert torch.allclose(outputs(again), outputs(model), atol=1e-12)
 
 

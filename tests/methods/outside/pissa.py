@@ -1,7 +1,9 @@
 """PiSSA-like: starts away from zero, at the base's largest singular directions, and leaves the base as it came.
 
-It is switched on by a field of LoRA's config, and its file is a plain LoRA of twice the rank.
+Its file is a plain LoRA of twice the rank, for the pristine base, and is read as such.
 """
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +44,25 @@ class ShiftedLinear(LoRALinear):
         return {"lora_A.weight": A, "lora_B.weight": B}
 
 
+@dataclass
+class PissaLikeConfig(LoraConfig):
+    """It inherits its ``peft_type``: files are LoRA's."""
+
+    def to_file(self):
+        return as_plain_lora(super().to_file())
+
+
+def as_plain_lora(fields):
+    """Twice the rank at the same scale s = alpha / r, or alpha / √r."""
+    alpha = 2**0.5 if fields["use_rslora"] else 2
+    return fields | {
+        "r": 2 * fields["r"],
+        "lora_alpha": alpha * fields["lora_alpha"],
+        "rank_pattern": {name: 2 * r for name, r in fields["rank_pattern"].items()},
+        "alpha_pattern": {name: alpha * a for name, a in fields["alpha_pattern"].items()},
+    }
+
+
 def build(base, name, config, context):
     return ShiftedLinear(
         base,
@@ -53,19 +74,4 @@ def build(base, name, config, context):
     )
 
 
-def as_plain_lora(fields):
-    """Twice the rank at the same scale s = alpha / r, or alpha / √r."""
-    alpha = 2**0.5 if fields["use_rslora"] else 2
-    return fields | {
-        "r": 2 * fields["r"],
-        "lora_alpha": alpha * fields["lora_alpha"],
-        "rank_pattern": {name: 2 * r for name, r in fields["rank_pattern"].items()},
-        "alpha_pattern": {name: alpha * a for name, a in fields["alpha_pattern"].items()},
-        "init_lora_weights": True,
-    }
-
-
-register(
-    "PiSSA-like", LoraConfig, {nn.Linear: build}, applies=lambda config: config.init_lora_weights == "shifted",
-    file_fields=as_plain_lora,
-)  # fmt: skip
+register("PiSSA-like", PissaLikeConfig, {nn.Linear: build})
