@@ -196,6 +196,8 @@ class AdapterLayer(Wrapper):
             )
         if isinstance(self.frozen.weight, DTensor):
             raise ValueError("the weight is sharded over several processes (FSDP): merge in a model that is not")
+        if self.frozen.weight.is_meta:
+            raise ValueError("the weight is offloaded (on the meta device): merge in a model that was loaded without")
 
     def merge(self) -> None:
         """Fold the adapter into the frozen weight and bias. Merging twice changes nothing.

@@ -18,6 +18,7 @@ from lora_edu.core.layer import LoRAConv1D, LoRAEmbedding, LoRALinear, check_alp
 from lora_edu.core.matching import check_regex, check_targets, expand_targets, fits
 from lora_edu.core.methods import Build, InjectionContext, method_of, register
 from lora_edu.core.parts import Part, biases_to_train, copies_to_train
+from lora_edu.core.vocabulary import tie_copies, tied_embeddings
 
 # Fields of PEFT's files that describe a run, a machine or a start, and change no number of a trained adapter.
 NEUTRAL_FIELDS = {
@@ -159,6 +160,8 @@ class LoraConfig(AdapterConfig):
         use_dora: weight-decomposed LoRA (lesson 17).
         init_lora_weights: True, False, ``"gaussian"``; ``"pissa"`` and others arrive with lesson 16.
         modules_to_save: name endings of modules of which the adapter trains and saves a full copy.
+        ensure_weight_tying: where head and embedding share a weight and one of them is in ``modules_to_save``, train
+            one copy for both. Without it each has its own. For LoRA on such a layer it is refused.
         rank_pattern, alpha_pattern: {regular expression for the end of a name: value}; the first that fits counts.
         layers_to_transform: adapt only layers with these indices.
         layers_pattern: the name before the index, where a model has several numbered lists.
@@ -178,6 +181,7 @@ class LoraConfig(AdapterConfig):
     use_rslora: bool = False
     use_dora: bool = False
     init_lora_weights: bool | str = True
+    ensure_weight_tying: bool = False
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
 
@@ -209,6 +213,19 @@ class LoraConfig(AdapterConfig):
         if fields.get("init_lora_weights", True) in INITS_THAT_KEEP_THE_BASE:
             fields = {**fields, "init_lora_weights": True}
         return super().from_file(fields)
+
+    def parts(self, model: nn.Module, names: Sequence[str], context: InjectionContext) -> list[Part]:
+        tied = tied_embeddings(model) if self.ensure_weight_tying else []
+        if any(name in names for name in tied):
+            raise ValueError(
+                f"ensure_weight_tying=True: {' and '.join(tied)} share a weight, and one LoRA for both is not "
+                "supported here; put them into modules_to_save, or train each on its own without this setting"
+            )
+        saved = list(self.modules_to_save or ())
+        if not any(name.endswith(end) for name in tied for end in saved):
+            return super().parts(model, names, context)
+        both = dataclasses.replace(self, modules_to_save=[*saved, *tied])
+        return tie_copies(AdapterConfig.parts(both, model, names, context), tied)
 
     def warn_unused_patterns(self, names: Sequence[str]) -> None:
         for field_name in ("rank_pattern", "alpha_pattern"):

@@ -25,7 +25,7 @@ from lora_edu.core.matching import (
 from lora_edu.core.merging import disable_adapter
 from lora_edu.core.methods import InjectionContext, make_fast, method_of
 from lora_edu.core.parts import ModuleCopy, Part, TrainedBias, with_task_head
-from lora_edu.core.refusals import check_is_called, check_is_here
+from lora_edu.core.refusals import check_is_called, check_is_here, check_unsharded
 from lora_edu.core.state import (
     AdapterState,
     activate,
@@ -184,6 +184,7 @@ def model_to_inject(model: nn.Module, config: Any, adapter_name: str) -> nn.Modu
         )
     if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
         raise ValueError(f"adapter_name={adapter_name!r}: expected a non-empty name without dots")
+    check_unsharded(model)
     found = injected_models(model)
     check_one(model, found)
     model = next(iter(found.values()), unwrapped_model(model))

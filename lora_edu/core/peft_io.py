@@ -28,7 +28,7 @@ from lora_edu.core.matching import named_places
 from lora_edu.core.methods import InjectionContext, method_of, registered_methods
 from lora_edu.core.parts import PREFIX, TASK_HEADS, ModuleCopy, Part
 from lora_edu.core.state import adapter_state, injected_model, warn_if_not_averaged
-from lora_edu.core.vocabulary import grown_embeddings, grown_rows
+from lora_edu.core.vocabulary import check_rows, grown_embeddings, grown_rows, own_weight
 from lora_edu.files import write_atomically
 
 CONFIG_FILE = "adapter_config.json"
@@ -106,6 +106,7 @@ def load_adapter(
     config = read_config(folder)
     tensors = read_tensors(folder)
     wrapper, model = model, model_to_inject(model, config, adapter_name)
+    check_rows(tensors, model)
     context = InjectionContext(adapter_name)
     with trainability_kept_on_failure(model), torch.no_grad():
         config = aimed(model, config, adapter_name)
@@ -116,7 +117,7 @@ def load_adapter(
         plan = plan_injection(model, config, context)
         shared = plan.config.shared_to_file(context)
         unknown = tensors.keys() - (tensors_of(plan.layers, plan.parts) | shared).keys()
-        plan.parts += grown_embeddings({key: tensors[key] for key in unknown}, model, plan.layers)
+        plan.parts += grown_embeddings({key: tensors[key] for key in unknown}, model)
         check_tensors(tensors, plan.config, plan.layers, plan.parts, shared, model, folder)
         fill(plan.layers, plan.parts, tensors)
     carry_out(model, plan, trainable=is_trainable)
@@ -198,6 +199,8 @@ def fill(layers: Mapping[str, AdapterLayer], parts: Iterable[Part], tensors: Map
 
 def gathered(tensor: Tensor) -> Tensor:
     """The tensor itself, or all of it where this process holds a shard."""
+    if tensor.is_meta:
+        raise ValueError("the adapter is offloaded (on the meta device): call save_adapter before offloading the model")
     tensor = tensor.detach()
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -251,6 +254,5 @@ def repeats_base(key: str, tensor: Tensor, model: nn.Module) -> bool:
         return False
     name = key.removeprefix(PREFIX).removesuffix(".weight").removesuffix(".base_layer")
     module: Any = next((module for place, _, _, module in named_places(model) if place == name), None)
-    pair = module.merge_state.pair if isinstance(module, AdapterLayer) else None
-    weight = getattr(module, "weight", None) if pair is None else pair[0]
+    weight = None if module is None else own_weight(model, module)
     return weight is not None and tensor.shape == weight.shape and torch.equal(tensor.to(weight), weight)

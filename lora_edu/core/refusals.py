@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from lora_edu.core.matching import TRANSPARENT
@@ -133,6 +134,15 @@ def asks_about(parent: ast.AST) -> bool:
     """Whether an expression only looks at what stands in it: ``x is None``, ``hasattr(x, …)``."""
     words = ("hasattr", "id", "isinstance", "len", "super", "type")
     return isinstance(parent, ast.Compare) or (isinstance(parent, ast.Call) and getattr(parent.func, "id", "") in words)
+
+
+def check_unsharded(model: nn.Module) -> None:
+    """Raise if a model's weights are sharded over several processes: each would draw or load values of its own."""
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        raise ValueError(
+            "the model's weights are sharded over several processes (FSDP): inject or load adapters before "
+            "fully_shard(model)"
+        )
 
 
 def check_is_here(name: str, module: nn.Module, model: nn.Module) -> None:

@@ -17,8 +17,10 @@ from torch import nn
 from lora_edu.core.adapter import AdapterLayer, adapter_layers
 from lora_edu.core.config import AdapterConfig
 from lora_edu.core.methods import method_of
-from lora_edu.core.peft_io import check_tensors, fill, read_config, read_tensors
+from lora_edu.core.peft_io import check_tensors, fill, read_config, read_tensors, tensors_of
+from lora_edu.core.refusals import check_unsharded
 from lora_edu.core.state import adapter_state, injected_model
+from lora_edu.core.vocabulary import check_rows, grown_embeddings
 
 
 def hotswap_adapter(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "default") -> None:
@@ -40,6 +42,7 @@ def hotswap_adapter(model: nn.Module, directory: str | os.PathLike, adapter_name
     Source: PEFT's ``hotswap_adapter``, which fills what a file lacks with zeros; here that is an error.
     """
     model = injected_model(model)
+    check_unsharded(model)
     state = adapter_state(model)
     state.check_name(adapter_name)
     layers, parts = adapter_layers(model, adapter_name), state.parts.get(adapter_name, [])
@@ -62,12 +65,16 @@ def hotswap_adapter(model: nn.Module, directory: str | os.PathLike, adapter_name
         )
     check_taken_over(old, config, layers.values(), folder)
     shared = old.shared_to_file(state.contexts[adapter_name])
+    check_rows(tensors, model)
+    unknown = tensors.keys() - (tensors_of(layers, parts) | shared).keys()
+    parts = [*parts, *grown_embeddings({key: tensors[key] for key in unknown}, model)]
     check_tensors(tensors, old, layers, parts, shared, model, folder)
     fill(layers, parts, tensors)
     with torch.no_grad():
         for key, tensor in shared.items():
             tensor.copy_(tensors[key])
-    config.layers = layers
+    state.parts[adapter_name], config.layers = parts, layers
+    state.use_parts(state.active)
     for name, layer in layers.items():
         layer.reconfigure(config, name)
     state.configs[adapter_name] = config

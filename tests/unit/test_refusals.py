@@ -1,4 +1,4 @@
-"""Layers that cannot be adapted are refused before anything changes: nobody calls them, or their weight is elsewhere."""
+"""Layers that cannot be adapted are refused before anything changes: uncalled ones, weights that are elsewhere."""
 
 import warnings
 
@@ -409,6 +409,19 @@ def test_a_trained_bias_of_an_offloaded_module():
         inject(model, config("0", bias="all"))
     assert list_adapters(model) == []
     inject(model, config("0", bias="lora_only"))
+
+
+def test_a_model_that_was_offloaded_afterwards(tmp_path):
+    inject(model := small_llama(), config("q_proj"))
+    adapted = model(IDS).logits
+    cpu_offload(model, "cpu")
+    torch.testing.assert_close(model(IDS).logits, adapted)
+    with pytest.raises(ValueError, match=r"the weight is offloaded .*: merge in a model that was loaded without"):
+        merge(model)
+    with pytest.raises(ValueError, match=r"the adapter is offloaded .*: call save_adapter before"):
+        save_adapter(model, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+    torch.testing.assert_close(model(IDS).logits, adapted)
 
 
 def test_a_model_on_the_meta_device_can_be_counted():
