@@ -137,7 +137,7 @@ def _backward(ctx: Any, gs: Sequence[Tensor]) -> tuple[Any, ...]:
 # (Stacked, the gradients of the As are parts of one tensor.)
 
 
-def _together(scalings: list[float], masks: Sequence[Tensor | None]) -> bool:
+def _can_be_stacked(scalings: list[float], masks: Sequence[Tensor | None]) -> bool:
     return len(set(scalings)) == 1 and all(mask is None for mask in masks)
 
 
@@ -147,7 +147,7 @@ def _stacked(thin: Sequence[Tensor]) -> Tensor:
 
 def _down(rows: Tensor, As: list[Tensor], scalings: list[float], masks: Sequence[Tensor | None]) -> list[Tensor]:
     """h = s A xᵀ of each layer, (r, tokens)."""
-    if _together(scalings, masks):
+    if _can_be_stacked(scalings, masks):
         return list(((scalings[0] * _stacked(As)) @ rows.T).split([len(A) for A in As]))
     each = zip(As, scalings, masks, strict=True)
     return [(s * A) @ (rows if mask is None else rows * mask).T for A, s, mask in each]
@@ -155,7 +155,7 @@ def _down(rows: Tensor, As: list[Tensor], scalings: list[float], masks: Sequence
 
 def _through(As: list[Tensor], ups: list[Tensor], scalings: list[float], masks: Sequence[Tensor | None]) -> Tensor:
     """The gradient for x by way of the adapters, (tokens, in)."""
-    if _together(scalings, masks):
+    if _can_be_stacked(scalings, masks):
         return _stacked(ups).T @ (scalings[0] * _stacked(As))  # (tokens, n·r) (n·r, in)
     products = [up.T @ (s * A) for up, s, A in zip(ups, scalings, As, strict=True)]
     masked = [product if mask is None else product.mul_(mask) for product, mask in zip(products, masks, strict=True)]
@@ -164,7 +164,7 @@ def _through(As: list[Tensor], ups: list[Tensor], scalings: list[float], masks: 
 
 def _into_As(ups: list[Tensor], rows: Tensor, scalings: list[float], masks: Sequence[Tensor | None]) -> list[Tensor]:
     """The gradient of each A, (r, in)."""
-    if _together(scalings, masks):
+    if _can_be_stacked(scalings, masks):
         return list((scalings[0] * (_stacked(ups) @ rows)).split([len(up) for up in ups]))
     each = zip(ups, scalings, masks, strict=True)
     return [s * (up @ (rows if mask is None else rows * mask)) for up, s, mask in each]

@@ -19,7 +19,7 @@ from lora_edu.core.layer import LoRAConv1D, LoRALinear
 from lora_edu.fast.function import Layer, lora_linears
 
 # Siblings that models call one after another with the same input.
-READ_TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"), ("q", "k", "v"))
+SIBLING_NAMES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"), ("q", "k", "v"))
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -60,7 +60,7 @@ class FastLoRAConv1D(FastLoRALinear, LoRAConv1D):
 
 
 @dataclass
-class Round:
+class Pending:
     """What one input gave: the outputs that have not been asked for yet."""
 
     x: Tensor
@@ -77,28 +77,28 @@ class Siblings:
     """
 
     members: list[FastLoRALinear] = field(default_factory=list)
-    round: Round | None = None
-    left_over: int = 0  # rounds in a row of which somebody did not collect
+    pending: Pending | None = None
+    uncollected: int = 0  # inputs in a row of which somebody did not collect
 
     def output(self, layer: FastLoRALinear, x: Tensor) -> Tensor:
         """The layer's output for x."""
-        if self.round is not None and self.round.x is x and self.round.stamp == self.stamp(x):
-            outputs = self.round.outputs
+        if self.pending is not None and self.pending.x is x and self.pending.stamp == self.stamp(x):
+            outputs = self.pending.outputs
             if layer in outputs:
                 found = outputs.pop(layer)
                 if not outputs:
-                    self.round, self.left_over = None, 0
+                    self.pending, self.uncollected = None, 0
                 return found
-        elif self.round is not None:
-            self.round, self.left_over = None, self.left_over + 1
-        together = [layer]
-        if self.left_over < 3:
-            together += [member for member in self.members if member is not layer and alike(member, layer)]
-        tensors = [member.tensors() for member in together]
-        scalings, dropouts = [m.scaling for m in together], [m.dropout_p() for m in together]
+        elif self.pending is not None:
+            self.pending, self.uncollected = None, self.uncollected + 1
+        group = [layer]
+        if self.uncollected < 3:
+            group += [member for member in self.members if member is not layer and alike(member, layer)]
+        tensors = [member.tensors() for member in group]
+        scalings, dropouts = [m.scaling for m in group], [m.dropout_p() for m in group]
         own, *rest = lora_linears(x, tensors, scalings, dropouts)
         if rest:
-            self.round = Round(x, self.stamp(x), dict(zip(together[1:], rest, strict=True)))
+            self.pending = Pending(x, self.stamp(x), dict(zip(group[1:], rest, strict=True)))
         return own
 
     def stamp(self, x: Tensor) -> tuple[int, ...]:
@@ -123,9 +123,9 @@ def fast_builder(layer_class: type[FastLoRALinear]) -> Build:
         layer = plain(base, name, config, context)
         assert isinstance(layer, FastLoRALinear)
         parent, _, leaf = name.rpartition(".")
-        for together in READ_TOGETHER:
-            if leaf in together:
-                layer.siblings = context.shared.setdefault(f"{parent}: {', '.join(together)}", Siblings())
+        for names in SIBLING_NAMES:
+            if leaf in names:
+                layer.siblings = context.shared.setdefault(f"{parent}: {', '.join(names)}", Siblings())
                 layer.siblings.members.append(layer)
         return layer
 

@@ -38,7 +38,7 @@ for nonce in ("", None, "0" * 64):
     publish_display_data({"application/vnd.lora-edu.report": json.dumps(report)})
 print("✓ the rows sum to 1\\nA1 softmax_by_hand passed")
 import os
-os.environ.update(LORA_EDU_REPORTS="reports.jsonl", LORA_EDU_CHECK_SEED="0")"""
+os.environ.update(LORA_EDU_CHECK_SEED="0")"""
 REPLACED_CHECK = """from lora_edu.course import checks
 checks.softmax_by_hand = lambda candidate, hint=1: checks.Report('softmax')
 checks.CHECKS['softmax_by_hand'] = checks.softmax_by_hand"""
@@ -194,8 +194,8 @@ ODD = {
     "sysexit": (solved(softmax="    raise SystemExit"), "error: raised SystemExit", "passed"),
     "seed": (
         solved(
-            first="import os; os.environ.update(LORA_EDU_CHECK_SEED='0', LORA_EDU_REPORTS='x')",
-            softmax=f"    assert not {{'LORA_EDU_CHECK_SEED', 'LORA_EDU_REPORTS'}} & set(os.environ)\n{RIGHT}",
+            first="import os; os.environ.update(LORA_EDU_CHECK_SEED='0')",
+            softmax=f"    assert 'LORA_EDU_CHECK_SEED' not in os.environ\n{RIGHT}",
         ),
         "passed",
         "passed",

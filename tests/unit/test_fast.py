@@ -318,7 +318,7 @@ def test_a_model_steps_as_the_plain_one_does(bias):
     fast, plain_model = blocks(True, bias=bias), blocks(False, bias=bias)
     assert_same_step(fast, plain_model)
     assert len({id(group) for group in siblings(fast)}) == 2
-    assert all(group.round is None and not group.left_over for group in siblings(fast))
+    assert all(group.pending is None and not group.uncollected for group in siblings(fast))
     for model in (fast, plain_model):
         with torch.no_grad():
             for parameter in model.parameters():
@@ -368,7 +368,7 @@ def test_a_sibling_never_hands_out_what_is_no_longer_true(write):
     block = blocks(True)[1]
     x = torch.randn(4, 8, dtype=torch.float64)
     block.gate_proj(x)
-    assert list(block.up_proj.siblings.round.outputs) == [block.up_proj]
+    assert list(block.up_proj.siblings.pending.outputs) == [block.up_proj]
     with torch.no_grad():
         if write == "x":
             x += 1
@@ -387,8 +387,8 @@ def test_siblings_that_read_different_inputs_part():
         x, z = torch.randn(2, 4, 8, dtype=torch.float64)
         assert torch.allclose(block.gate_proj(x), LoRALinear.forward(block.gate_proj, x), atol=1e-5)
         assert torch.allclose(block.up_proj(z), LoRALinear.forward(block.up_proj, z), atol=1e-5)
-    assert group.left_over >= 3
-    assert group.round is None
+    assert group.uncollected >= 3
+    assert group.pending is None
 
 
 def test_a_frozen_or_switched_off_sibling_is_left_out():

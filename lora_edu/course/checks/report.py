@@ -5,13 +5,12 @@ raises ``Wrong`` with a symptom, a question and the fix; ``run_steps`` prints as
 Every check in ``lora_edu.course.checks`` is written on top of this module.
 """
 
-import json
 import os
 import random
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -101,7 +100,6 @@ def run_steps(title: str, steps: Sequence[Step], hint: int = 1) -> Report:
             report.passed.append(name)
     report.text = "\n".join(_lines(report, hint))
     print(report.text)
-    _record(report)
     return report
 
 
@@ -149,10 +147,3 @@ def _forked_randomness() -> Iterator[None]:
         finally:
             random.setstate(python)
             np.random.set_state(numpy)
-
-
-def _record(report: Report) -> None:
-    """Append the result to the file named by ``LORA_EDU_REPORTS``: this is how ``lora-edu check`` counts."""
-    if path := os.environ.get("LORA_EDU_REPORTS"):
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(report), ensure_ascii=False) + "\n")

@@ -17,7 +17,7 @@ from pathlib import Path
 from lora_edu.files import ROOT, cache_path, data_folder
 from lora_edu.quick import ENVIRONMENT
 
-INSIDE = Path("/run/lora-edu")  # where a station's folder is, seen from inside
+STATION_INSIDE = Path("/run/lora-edu")  # where a station's folder is, seen from inside
 WRITABLE = ("notebook", "home", "tmp", "shm", "sockets")  # what is in it
 SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/nix/store", "/gnu/store")
 MACHINE = ("/sys/devices/system", "/etc/alternatives", "/etc/fonts", "/etc/group", "/etc/ld.so.cache",
@@ -43,7 +43,7 @@ def clean_environment() -> dict[str, str]:
 
 
 def sandbox(folder: Path, hidden: Iterable[Path] = ()) -> list[str]:
-    """The beginning of a command line: what follows it runs inside, in ``INSIDE``.
+    """The beginning of a command line: what follows it runs inside, in ``STATION_INSIDE``.
 
     Args:
         folder: a station's folder; what ``WRITABLE`` names in it can be written.
@@ -68,8 +68,8 @@ def sandbox(folder: Path, hidden: Iterable[Path] = ()) -> list[str]:
         if any(path.is_relative_to(place) for place in [*seen, *map(Path, SYSTEM)]):
             command += ["--tmpfs", str(path), "--remount-ro", str(path)]
     for name in WRITABLE:
-        command += ["--bind", f"{folder}/{name}", f"{INSIDE}/{name}"]
-    return [*command, "--remount-ro", "/", "--chdir", str(INSIDE)]
+        command += ["--bind", f"{folder}/{name}", f"{STATION_INSIDE}/{name}"]
+    return [*command, "--remount-ro", "/", "--chdir", str(STATION_INSIDE)]
 
 
 def _needed() -> set[Path]:

@@ -41,8 +41,7 @@ def prepare(folder: str, limits: dict[str, Any]) -> None:
         """Call one check, and publish its report under the number that the grader gave for it."""
         wanted = json.loads(cell)
         report, arguments = {"nonce": wanted["nonce"]}, []
-        for variable in ("LORA_EDU_REPORTS", "LORA_EDU_CHECK_SEED"):
-            os.environ.pop(variable, None)
+        os.environ.pop("LORA_EDU_CHECK_SEED", None)  # nobody chooses the draws
         for text in wanted["arguments"]:
             try:
                 arguments.append(eval(compile(text, "<argument>", "eval"), names))

@@ -23,7 +23,7 @@ from typing import Any
 
 import psutil
 
-from lora_edu.course.grading.isolation import INSIDE, WRITABLE, clean_environment, mounted_in_tmp, sandbox
+from lora_edu.course.grading.isolation import STATION_INSIDE, WRITABLE, clean_environment, mounted_in_tmp, sandbox
 from lora_edu.course.notebooks.execute import environment
 
 FORKS = sys.platform == "linux"
@@ -56,7 +56,7 @@ class Station:
 
     def __init__(self, isolated: bool = False, own: bool = False, hidden: Iterable[Path] = ()):
         self.folder = Path(tempfile.mkdtemp(prefix="lora-edu-"))
-        self.inside = INSIDE if isolated else self.folder
+        self.inside = STATION_INSIDE if isolated else self.folder
         for name in WRITABLE:
             (self.folder / name).mkdir()
         self.isolated, self.own, self.closed, self.base = isolated, own, False, 0

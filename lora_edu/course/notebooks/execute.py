@@ -36,9 +36,9 @@ class _ThisPython(KernelSpecManager):
         return KernelSpec(argv=argv, display_name=KERNELSPEC["display_name"], language="python")
 
 
-def environment(extra: dict[str, str] | None = None) -> dict[str, str]:
-    """The process's environment with the fixed variables of an executed notebook, and ``extra`` on top."""
-    return {**os.environ, **ENVIRONMENT, **(extra or {})}
+def environment() -> dict[str, str]:
+    """The process's environment with the fixed variables of an executed notebook."""
+    return {**os.environ, **ENVIRONMENT}
 
 
 def same_platform() -> bool:
@@ -52,8 +52,6 @@ def execute(
     name: str,
     progress: Progress | None = None,
     timeout: int = TIMEOUT,
-    extra_environment: dict[str, str] | None = None,
-    allow_errors: bool = False,
 ) -> NotebookNode:
     """Run all cells in a fresh kernel of this Python and store their outputs in the notebook.
 
@@ -63,8 +61,6 @@ def execute(
         name: the notebook's name, for messages.
         progress: called with (cells done, cells) before the first and after each cell.
         timeout: seconds that one cell may take.
-        extra_environment: variables on top of ``ENVIRONMENT``.
-        allow_errors: go on after a cell that raises, and leave its error in the outputs.
 
     Raises:
         NotebookError: naming notebook, cell and exception, if a cell fails, takes too long or ends the kernel.
@@ -96,14 +92,13 @@ def execute(
         km=manager,
         kernel_name="python3",
         timeout=timeout,
-        allow_errors=allow_errors,
         resources={"metadata": {"path": str(folder)}},
         record_timing=False,
         on_cell_start=started,
         on_notebook_start=heed_the_keyboard,
     )
     try:
-        client.execute(env=environment(extra_environment))
+        client.execute(env=environment())
     except CellExecutionError as error:
         value = re.sub(r"\x1b\[[0-9;]*m", "", str(error.evalue)).strip().split("\n")[0]
         raise NotebookError(f"{_where(name, cells, current)}: {error.ename}: {value}") from None
