@@ -33,9 +33,12 @@ needs_fork = pytest.mark.skipif(not station.FORKS, reason="stations without a wa
 
 FAKE_REPORT = """import json
 from IPython.display import publish_display_data
-for nonce in ("", None, "0" * 64):
-    report = {"nonce": nonce, "status": "passed", "title": "Softmax"}
-    publish_display_data({"application/vnd.lora-edu.report": json.dumps(report)})
+def forge():
+    for nonce in ("", None, "0" * 64):
+        report = {"nonce": nonce, "status": "passed", "title": "Softmax"}
+        publish_display_data({"application/vnd.lora-edu.report": json.dumps(report)})
+forge()
+get_ipython().events.register("post_run_cell", lambda result: forge())  # in the grader's own cells, too
 print("✓ the rows sum to 1\\nA1 softmax_by_hand passed")
 import os
 os.environ.update(LORA_EDU_CHECK_SEED="0")"""

@@ -28,7 +28,8 @@ def in_new_process(code, **environment):
 
 def test_a_kernel_that_nobody_prepared_is_prepared_on_import():
     report = "; import lora_edu, os, torch; print(torch.get_num_threads(), *sorted(os.environ))"
-    for code in ("import sys; sys.modules['ipykernel'] = sys", "import sys, torch; sys.modules['ipykernel'] = sys"):
+    kernel = "; sys.modules['ipykernel'] = sys"
+    for code in (f"import sys{kernel}", f"import sys, torch; torch.set_num_threads(1){kernel}"):
         threads, *names = in_new_process(code + report)
         assert threads == ENVIRONMENT["OMP_NUM_THREADS"]
         assert set(SET_ON_IMPORT) <= set(names)

@@ -516,7 +516,6 @@ def test_the_file_of_something_else_is_left_alone(sweep, tmp_path, content, says
 
 
 @pytest.mark.errors
-@pytest.mark.skipif(os.name == "nt", reason="no lock on Windows")
 def test_two_commands_do_not_write_one_file(sweep, tmp_path):
     out = tmp_path / "few.json"
     with files.locked(out), pytest.raises(RuntimeError, match="being written by another command"):
