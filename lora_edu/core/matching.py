@@ -177,6 +177,6 @@ def linear_endings(modules: dict[str, nn.Module]) -> list[str]:
 def near_names(wanted: str | Iterable[str], modules: dict[str, nn.Module]) -> list[str]:
     """Names in the model that look like what was asked for: for error messages."""
     endings = list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in modules if name))
-    asked = [wanted] if isinstance(wanted, str) else list(wanted)
-    near = [hit for name in asked for hit in difflib.get_close_matches(name.rsplit(".", 1)[-1], endings, n=3)]
+    names = [wanted] if isinstance(wanted, str) else list(wanted)
+    near = [hit for name in names for hit in difflib.get_close_matches(name.rsplit(".", 1)[-1], endings, n=3)]
     return list(dict.fromkeys(near)) or linear_endings(modules)[:8]

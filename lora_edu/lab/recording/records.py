@@ -151,8 +151,8 @@ def commit() -> str:
     if given := os.environ.get("LORA_EDU_COMMIT"):
         return given
     try:
-        asked = ["git", "rev-parse", "--show-toplevel", "HEAD"]
-        found = subprocess.run(asked, capture_output=True, text=True, cwd=ROOT).stdout.split("\n")
+        command = ["git", "rev-parse", "--show-toplevel", "HEAD"]
+        found = subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout.split("\n")
     except OSError:  # there is no git here
         return "unknown"
     # A package that is installed somewhere inside another project's repository must not name that one's commit.
