@@ -1,4 +1,4 @@
-"""Time and memory of a LoRA step of a 7B-shaped Llama, by every way to take it, for lesson 21. Needs a GPU of 141 GB.
+"""Time and memory of a LoRA step of a 7B-shaped Llama, by every way to take it, for lesson 21. Needs a large GPU.
 
     python benchmarks/speed_7b.py --shape 1x512 4x512  # adds these shapes to data/runs/speed_7b.json
     python benchmarks/speed_7b.py --toy --out x.json   # the same code on a tiny shape, on any machine
@@ -8,7 +8,11 @@ on their values. All ways stand on the same weights in one process and take a st
 meets all of them; what counts are the ratios of each round. PEFT is compared where it is installed. A captured step is
 one CUDA graph: forward, backward and optimizer replayed as they were recorded. Above 4,096 tokens a step those
 ways are left out, unless asked for, whose memory would not fit beside the rest.
+On a GPU of 141 GB all else fits. A smaller one leaves out, by the estimate of lora_edu.counting.memory, what does not
+fit alone or beside the others, keeping full fine-tuning and then the ways that need least; the record says so under
+"skipped". A way that runs out of memory all the same is "failed", and the others go on.
 The record is written after every shape; started again at the same commit, the same command skips those that are there.
+After every way that is ready it also holds, as "unfinished", how far the shape has come.
 """
 
 import argparse
@@ -19,6 +23,8 @@ import time
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,13 +33,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
-from memory_7b import CUDA, DEVICE, SEED, allocated, ceiling, empty, peak, reset_peak, synchronize, used
+from memory_7b import CUDA, DEVICE, SEED, allocated, capacity, ceiling, empty, peak, reset_peak, synchronize, used
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_edu import LoraConfig, inject
-from lora_edu.counting.measure import paired_times
+from lora_edu.counting.measure import PairedTimes, paired_times
+from lora_edu.counting.memory import MemoryEstimate, training_memory
 from lora_edu.fast.steps import capture_step, causal_attention, compile_blocks
 from lora_edu.lab.recording.records import surroundings, write_record
 
@@ -63,6 +70,8 @@ WAYS: dict[str, dict[str, Any]] = {
     # The compiler tries several kernels for each product, some of which add LoRA's update on the way: minutes more.
     "plain, autotuned and captured": {"lora": "ours", "compile": True, "capture": True, "mode": AUTOTUNED},
 }
+COMPILED = 0.75  # of eager activations: 0.69 to 0.75 in the record
+SPARE = 0.05  # of the memory, for CUDA's context and what PyTorch keeps in pieces
 TOY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 256}
 
 
@@ -147,6 +156,51 @@ class Step:
         self.losses.append(loss.clone())
 
 
+def estimate(base: nn.Module, way: dict[str, Any], batch: int, tokens: int) -> MemoryEstimate:
+    """What the way needs at its peak if it is alone on the device; right to 1 % for what is recorded, 5 % compiled."""
+    recipe = ("full", "bf16")
+    if "lora" in way:
+        recipe = ("lora", "fp32-adapter" if way.get("autocast_adapter_dtype") else "bf16")
+    found = training_memory(base, *recipe, r=R, target_modules="all-linear", batch=batch, tokens=tokens)
+    return replace(found, activations=(found.activations or 0) * (COMPILED if way.get("compile") else 1))
+
+
+def together(needs: dict[str, MemoryEstimate]) -> float:
+    """Bytes at the highest point of making these ways ready, captured ones last, and of stepping in turns."""
+    captures = [name for name in needs if WAYS[name].get("capture")]
+    held = pool = highest = eager = shared = 0.0
+    for name in [*(name for name in needs if name not in captures), *captures]:
+        need = needs[name]
+        passing = max(need.gradients, need.activations or 0)
+        if "lora" in WAYS[name]:
+            held += need.adapter + need.moments
+        else:
+            shared = need.moments  # all that train the weights themselves share their moments
+        highest = max(highest, held + shared + pool + passing)
+        if name in captures:
+            pool = max(pool, passing)
+        else:
+            eager = max(eager, passing)
+    base = max((need.base for need in needs.values()), default=0.0)
+    return base + max(highest, held + shared + pool + eager)
+
+
+def that_fit(base: nn.Module, names: list[str], batch: int, tokens: int) -> tuple[list[str], dict[str, str]]:
+    """The ways that fit on this device together, and the others, with what they need."""
+    room = capacity()
+    needs = {name: estimate(base, WAYS[name], batch, tokens) for name in names}
+    kept: dict[str, MemoryEstimate] = {}
+    skipped = {}
+    for name in sorted(names, key=lambda name: (name != "full", needs[name].peak)):
+        alone, beside = together({name: needs[name]}), together(kept | {name: needs[name]})
+        if beside <= room * (1 - SPARE):
+            kept[name] = needs[name]
+        else:
+            bytes_, where = (alone, "") if alone > room * (1 - SPARE) else (beside, " beside the others")
+            skipped[name] = f"needs about {bytes_ / 2**30:.0f} GiB{where} of {room / 2**30:.0f}"
+    return [name for name in names if name in kept], {name: skipped[name] for name in names if name in skipped}
+
+
 def reason(error: BaseException) -> str:
     """The error in one line, with the one that began the chain: a capture fails with a last one that says little."""
     first = error
@@ -156,8 +210,13 @@ def reason(error: BaseException) -> str:
     return ", after ".join(f"{type(each).__name__}: {(str(each).splitlines() or [''])[0]}" for each in ends)
 
 
-def prepare(base: nn.Module, names: list[str], ids: Tensor) -> tuple[dict[str, Step], dict[str, Any], dict[str, str]]:
-    """The steps that are ready to be timed, what making each ready took, and which ones failed, with the reason."""
+def prepare(
+    base: nn.Module, names: list[str], ids: Tensor, tell: Callable[[dict[str, Any]], None] = lambda so_far: None
+) -> tuple[dict[str, Step], dict[str, Any], dict[str, str]]:
+    """The steps that are ready to be timed, what making each ready took, and which ones failed, with the reason.
+
+    Both are told after each way.
+    """
     steps: dict[str, Step] = {}
     ready: dict[str, Any] = {}
     failed: dict[str, str] = {}
@@ -180,22 +239,55 @@ def prepare(base: nn.Module, names: list[str], ids: Tensor) -> tuple[dict[str, S
             pool = torch.cuda.graph_pool_handle() if CUDA else None  # that of a failed capture is not used again
             print(f"  {name} failed: {failed[name]}", flush=True)
         empty()
+        tell({"ready": ready, "failed": failed})
     return steps, ready, failed
 
 
-def compare(base: Any, names: list[str], batch: int, tokens: int, rounds: int) -> dict[str, Any]:
+def timed(steps: dict[str, Step], failed: dict[str, str], rounds: int) -> PairedTimes | None:
+    """The steps' times in turns. One that runs out of memory goes to the failed ones, and the others begin anew."""
+    now = ""
+
+    def call(name: str) -> None:
+        nonlocal now
+        now = name
+        steps[name]()
+
+    while steps:
+        try:
+            return paired_times({name: partial(call, name) for name in steps}, rounds, warmup=2)
+        except torch.OutOfMemoryError as error:
+            failed[now] = reason(error)
+            print(f"  {now} failed: {failed[now]}", flush=True)
+        del steps[now]
+        empty()
+    return None
+
+
+def compare(
+    base: Any,
+    names: list[str],
+    batch: int,
+    tokens: int,
+    rounds: int,
+    tell: Callable[[dict[str, Any]], None] = lambda so_far: None,
+) -> dict[str, Any]:
     """One shape: every way's times in turns, its losses and its memory."""
     generator = torch.Generator().manual_seed(SEED)
     ids = torch.randint(base.config.vocab_size, (batch, tokens), generator=generator).to(DEVICE)
     line: dict[str, Any] = {"batch": batch, "tokens": tokens, "asked": names, "ceiling_tflops": [ceiling()]}
-    steps, ready, line["failed"] = prepare(base, names, ids)
-    times = paired_times(steps, rounds, warmup=2)
+    chosen, line["skipped"] = that_fit(base, names, batch, tokens)
+    for name, why in line["skipped"].items():
+        print(f"  {name} left out: {why}", flush=True)
+    steps, ready, line["failed"] = prepare(base, chosen, ids, lambda so_far: tell(line | so_far))
+    times = timed(steps, line["failed"], rounds)
     with suppress(RuntimeError):  # no random numbers, if a failed capture took them along
         line["ceiling_tflops"].append(ceiling())
     weights = sum(p.numel() for p in base.parameters()) - base.get_input_embeddings().weight.numel()
     best = max(line["ceiling_tflops"])
     line["device_used_bytes"] = used()
     line["ways"] = {}
+    if times is None:  # none is left
+        return line
     for name, step in steps.items():
         flops = (4 if "lora" in WAYS[name] else 6) * weights * batch * tokens
         line["ways"][name] = ready[name] | {
@@ -230,9 +322,15 @@ def is_there(line: dict[str, Any], out: Path) -> bool:
 def add(line: dict[str, Any], out: Path) -> None:
     """Write the line into the record, in place of one that answers the same question, in however many rounds."""
     record, same = read(out), ("batch", "tokens", "asked")
+    record.pop("unfinished", None)
     record["shapes"] = [each for each in record["shapes"] if any(each[key] != line[key] for key in same)]
     record["shapes"].append(line)
     write_record(record, out)
+
+
+def add_unfinished(line: dict[str, Any], out: Path) -> None:
+    """Write how far a shape has come, beside the lines that are whole."""
+    write_record(read(out) | {"unfinished": line}, out)
 
 
 def shape(text: str) -> tuple[int, int]:
@@ -250,7 +348,7 @@ def main() -> None:
     parser.add_argument("--toy", action="store_true", help="a tiny model, to try the script")
     arguments = parser.parse_args()
     if not CUDA and not arguments.toy:
-        print("speed_7b needs a GPU of 141 GB and found none: nothing was measured (--toy tries the script)")
+        print("speed_7b needs a GPU and found none: nothing was measured (--toy tries the script)")
         return
     asked = arguments.ways.split(";") if arguments.ways else [name for name, way in WAYS.items() if "mode" not in way]
     if unknown := set(asked) - WAYS.keys():
@@ -269,9 +367,10 @@ def main() -> None:
             continue
         print(f"{batch}×{tokens}", flush=True)
         start = time.perf_counter()
-        line = compare(base, names, batch, tokens, arguments.rounds)
-        line["command"] = " ".join(["python", "benchmarks/speed_7b.py", *sys.argv[1:]])
-        line |= {"rounds": arguments.rounds, "machine": machine}
+        about = {"command": " ".join(["python", "benchmarks/speed_7b.py", *sys.argv[1:]])}
+        about |= {"rounds": arguments.rounds, "machine": machine}
+        tell = lambda line, about=about: add_unfinished(line | about, arguments.out)  # noqa: E731
+        line = compare(base, names, batch, tokens, arguments.rounds, tell) | about
         line["seconds"] = round(time.perf_counter() - start, 1)
         add(line, arguments.out)
         for name, way in line["ways"].items():

@@ -12,10 +12,11 @@ from lora_edu.quick import prepare_kernel
 
 if TYPE_CHECKING:
     from lora_edu.core.config import LoraConfig
-    from lora_edu.core.inject import InjectionReport, count_parameters, inject, list_adapters, set_adapter
+    from lora_edu.core.inject import InjectionReport, count_parameters, inject
     from lora_edu.core.layer import LoRAConv1D, LoRAEmbedding, LoRALinear
     from lora_edu.core.merging import disable_adapter, merge, merge_and_unload, unmerge
     from lora_edu.core.peft_io import load_adapter, save_adapter
+    from lora_edu.core.state import list_adapters, set_adapter
     from lora_edu.lab.bases import load_base
     from lora_edu.lab.datasets import load_dataset
     from lora_edu.serving.hotswap import hotswap_adapter
@@ -33,10 +34,10 @@ _HOMES = {
     "count_parameters": "lora_edu.core.inject",
     "disable_adapter": "lora_edu.core.merging",
     "inject": "lora_edu.core.inject",
-    "list_adapters": "lora_edu.core.inject",
+    "list_adapters": "lora_edu.core.state",
     "load_adapter": "lora_edu.core.peft_io",
     "save_adapter": "lora_edu.core.peft_io",
-    "set_adapter": "lora_edu.core.inject",
+    "set_adapter": "lora_edu.core.state",
     "adapter_names": "lora_edu.serving.mixed",  # 09
     "hotswap_adapter": "lora_edu.serving.hotswap",
     "merge": "lora_edu.core.merging",

@@ -1,83 +1,81 @@
-"""``LoraConfig``: what to adapt and how, field for field as in PEFT. Built in lesson 04.
+"""What to adapt and how: what every method's config can do, and ``LoraConfig``, field for field as PEFT's. Lesson 04.
 
-No code here or in ``inject`` knows a method by name. A method registers its layers for a type of config (and, if it
-is switched on by a field, for a predicate on it); ``config.build`` looks them up.
+``AdapterConfig`` is what a method's own config derives from. LoRA's stands below it, as the example of one.
 """
 
 from __future__ import annotations
 
-import importlib
+import dataclasses
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from lora_edu.core.adapter import AdapterLayer, innermost
 from lora_edu.core.layer import LoRAConv1D, LoRAEmbedding, LoRALinear, check_alpha, check_dropout, check_rank
-from lora_edu.core.matching import check_regex, fits
+from lora_edu.core.matching import check_regex, check_targets, expand_targets, fits
+from lora_edu.core.methods import Build, InjectionContext, method_of, register
+from lora_edu.core.parts import Part, biases_to_train, copies_to_train
+from lora_edu.core.vocabulary import tie_copies, tied_embeddings
 
-BIASES = ("none", "all", "lora_only")
-
-
-@dataclass
-class InjectionContext:
-    """What the layers of one injection share: name, precision, speed, and room for a method's common tensors."""
-
-    adapter_name: str = "default"
-    autocast_adapter_dtype: bool = True
-    fast: bool = False
-    shared: dict[str, Any] = field(default_factory=dict)
+# Fields of PEFT's files that describe a run, a machine or a start, and change no number of a trained adapter.
+NEUTRAL_FIELDS = {
+    "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_version", "peft_type",
+    "fan_in_fan_out", "megatron_config", "megatron_core", "runtime_config", "loftq_config", "eva_config",
+    "corda_config", "lora_ga_config", "qalora_group_size",
+}  # fmt: skip
 
 
-Build = Callable[[nn.Module, str, Any, InjectionContext], AdapterLayer]
-
-
-@dataclass(frozen=True)
-class Method:
-    """One way to adapt: for which configs, and how to build its layer for each kind of base layer."""
-
-    name: str
-    config_type: type[AdapterConfig]
-    applies: Callable[[Any], bool]
-    builders: Mapping[type[nn.Module], Build]
-    fast: bool  # only for injections that ask for it; kinds of layers without a fast form get the plain one
-
-
-_METHODS: list[Method] = []
-
-
-def registered_methods() -> list[Method]:
-    """All methods, the latest registration first. The package's own register when this is first called."""
-    importlib.import_module("lora_edu").register_methods()
-    return _METHODS
-
-
-def register(
-    name: str,
-    config_type: type[AdapterConfig],
-    builders: Mapping[type[nn.Module], Build],
-    applies: Callable[[Any], bool] = lambda config: True,
-    fast: bool = False,
-) -> None:
-    """Make a method known. Later registrations are asked first, so that a special case precedes the general one.
-
-    Args:
-        name: for messages, for example ``"DoRA"``.
-        config_type: the config class that asks for this method.
-        builders: kind of base layer → function (base, module name, config, context) → AdapterLayer.
-        applies: a further condition on the config, for example ``lambda config: config.use_dora``.
-        fast: the method is a faster form of another, used by ``inject(..., fast=True)`` alone.
-    """
-    _METHODS.insert(0, Method(name, config_type, applies, builders, fast))
-
-
+@dataclass(kw_only=True)
 class AdapterConfig:
-    """What every method's config can do: build the layer that stands around one base layer."""
+    """What every method's config has and can do: the fields that injection reads, each with a neutral default.
 
-    peft_type: ClassVar[str]  # the method's name in PEFT's files
-    target_modules: str | Sequence[str] | None
+    A subclass is a dataclass with further fields, all of which go into its file. It may override the methods below,
+    and may define:
+
+    - ``prepare(model, batches) -> dict``: for a start that needs data. ``inject(..., batches=...)`` calls it before
+      anything is built, with other adapters switched off, and puts what it returns into ``context.shared``. It may
+      set fields of ``self``, such as ranks, and leaves the model as it found it.
+    - ``extra_loss()``, ``after_backward(step)``, ``after_step(step)``: called by the training loop while the adapter
+      is active, as on its layers. ``after_step`` comes after the optimizer's step and before gradients are cleared.
+
+    ``inject`` works on a copy, which stays with the model and knows its ``targets`` (before ``prepare`` and ``build``)
+    and ``layers`` (afterwards).
+
+    Attributes:
+        peft_type: the method's name in PEFT's files.
+        replaces_layers: False for a method that brings parts only, such as a prefix: it needs no targets.
+        lacks: fields that the method does not have in PEFT: those of this class keep their defaults, and they (and
+            ``fan_in_fan_out``, which others have) are in no file.
+        targets: the pretrained layers that are adapted, by name.
+        layers: the layers that stand around them, by name.
+    """
+
+    peft_type: ClassVar[str]
+    replaces_layers: ClassVar[bool] = True
+    lacks: ClassVar[tuple[str, ...]] = ()
+
+    target_modules: str | Sequence[str] | None = None
+    exclude_modules: str | Sequence[str] | None = None
+    modules_to_save: Sequence[str] | None = None
+    layers_to_transform: int | Sequence[int] | None = None
+    layers_pattern: str | Sequence[str] | None = None
+    bias: str = "none"
+    task_type: str | None = None
+    targets: dict[str, nn.Module] = field(default_factory=dict, init=False, repr=False, compare=False)
+    layers: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        check_targets(self)
+        for each in dataclasses.fields(self):
+            if each.name in self.lacks and getattr(self, each.name) != each.default:
+                raise ValueError(f"{each.name}={getattr(self, each.name)!r}: {type(self).__name__} has no such setting")
+
+    def default_targets(self, model: nn.Module, modules: dict[str, nn.Module]) -> Sequence[str]:
+        """What ``target_modules=None`` means for this model: by default PEFT's table for LoRA."""
+        return expand_targets(None, model, modules)
 
     def build(self, base_layer: nn.Module, name: str, context: InjectionContext) -> AdapterLayer:
         """The adapted layer for the module called ``name``.
@@ -85,25 +83,65 @@ class AdapterConfig:
         Raises:
             ValueError: if no registered method serves this config, or none adapts this kind of layer.
         """
-        pretrained = innermost(base_layer)
-        methods = [
-            method
-            for method in registered_methods()
-            if type(self) is method.config_type and method.applies(self) and (context.fast or not method.fast)
-        ]
-        if not methods:
-            raise ValueError(f"no method of lora_edu serves {self!r}; known: {[m.name for m in registered_methods()]}")
-        # The first serves; a fast one leaves the kinds of layers that it does not know to the next.
-        for method in methods:
-            for kind, builder in method.builders.items():
-                if isinstance(pretrained, kind):
-                    return builder(base_layer, name, self, context)
-            if not method.fast:
-                break
+        return self.builder(innermost(base_layer), name)(base_layer, name, self, context)
+
+    def builder(self, pretrained: nn.Module, name: str) -> Build:
+        """What builds the layer for this kind of pretrained layer; errors as in ``build``."""
+        method = method_of(self)
+        for kind, builder in method.builders.items():
+            if isinstance(pretrained, kind):
+                return builder
         raise ValueError(
             f"module {name!r} is a {type(pretrained).__name__}, which {method.name} cannot adapt (it adapts "
             f"{', '.join(kind.__name__ for kind in method.builders)}); narrow target_modules or use exclude_modules"
         )
+
+    def parts(self, model: nn.Module, names: Sequence[str], context: InjectionContext) -> list[Part]:
+        """What the adapter brings beside its layers: copies of ``modules_to_save``, trained biases.
+
+        Args:
+            names: the modules that its layers replace.
+        """
+        copies = copies_to_train(model, self.modules_to_save, context.adapter_name)
+        return [*copies, *biases_to_train(model, self.bias, names, copies)]
+
+    def to_file(self) -> dict[str, Any]:
+        """The fields of ``adapter_config.json``, besides those that every file has. By default all that it has."""
+        names = [each.name for each in dataclasses.fields(self) if each.init and each.name not in self.lacks]
+        return {name: getattr(self, name) for name in names}
+
+    @classmethod
+    def from_file(cls, fields: Mapping[str, Any]) -> Any:
+        """The config that a file describes; what it holds and we lack must be neutral or unset.
+
+        Raises:
+            ValueError: if a field changes numbers and is not supported.
+        """
+        own = {each.name for each in dataclasses.fields(cls) if each.init}
+        if unsupported := {key: value for key, value in fields.items() if value and key not in own | NEUTRAL_FIELDS}:
+            raise ValueError(f"lora_edu does not support {unsupported}, and these settings change the numbers")
+        return cls(**{key: value for key, value in fields.items() if key in own and value is not None})
+
+    def shared_to_file(self, context: InjectionContext) -> dict[str, Tensor]:
+        """Tensors that the method stores once for the whole model, under their full keys in the file.
+
+        They are those of ``context.shared`` themselves: ``hotswap_adapter`` writes into them.
+        """
+        return {}
+
+    def shared_from_file(self, tensors: Mapping[str, Tensor], context: InjectionContext) -> None:
+        """Put what the file holds of them into ``context.shared``. Called before the layers are built.
+
+        Raises:
+            KeyError: if the file lacks one.
+        """
+
+    def warn_unused_patterns(self, names: Sequence[str]) -> None:
+        """Warn about patterns among the fields that no adapted module fits: most often a typing error."""
+
+
+# Initialisations that leave the base's weights alone: once the adapter's tensors are loaded, they make no difference.
+INITS_THAT_KEEP_THE_BASE = (True, False, "gaussian", "orthogonal", "eva")
 
 
 @dataclass
@@ -119,9 +157,11 @@ class LoraConfig(AdapterConfig):
         lora_dropout: probability of dropping an input entry on its way into A, in training.
         bias: which biases train: ``"none"``, ``"all"``, or ``"lora_only"`` (those of adapted layers).
         use_rslora: scale by lora_alpha / √r.
-        use_dora: weight-decomposed LoRA (lesson 12).
-        init_lora_weights: True, False, ``"gaussian"``; ``"pissa"`` and others arrive with lesson 12.
+        use_dora: weight-decomposed LoRA (lesson 17).
+        init_lora_weights: True, False, ``"gaussian"``; ``"pissa"`` and others arrive with lesson 16.
         modules_to_save: name endings of modules of which the adapter trains and saves a full copy.
+        ensure_weight_tying: where head and embedding share a weight and one of them is in ``modules_to_save``, train
+            one copy for both. Without it each has its own. For LoRA on such a layer it is refused.
         rank_pattern, alpha_pattern: {regular expression for the end of a name: value}; the first that fits counts.
         layers_to_transform: adapt only layers with these indices.
         layers_pattern: the name before the index, where a model has several numbered lists.
@@ -137,19 +177,13 @@ class LoraConfig(AdapterConfig):
 
     r: int = 8
     lora_alpha: float = 8
-    target_modules: str | Sequence[str] | None = None
-    exclude_modules: str | Sequence[str] | None = None
     lora_dropout: float = 0.0
-    bias: str = "none"
     use_rslora: bool = False
     use_dora: bool = False
     init_lora_weights: bool | str = True
-    modules_to_save: Sequence[str] | None = None
+    ensure_weight_tying: bool = False
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
-    layers_to_transform: int | Sequence[int] | None = None
-    layers_pattern: str | Sequence[str] | None = None
-    task_type: str | None = None
 
     def __post_init__(self) -> None:
         self.r = check_rank(self.r)
@@ -164,32 +198,7 @@ class LoraConfig(AdapterConfig):
         self.rank_pattern = {pattern: check_rank(rank) for pattern, rank in self.rank_pattern.items()}
         for alpha in self.alpha_pattern.values():
             check_alpha(alpha)
-        if self.bias not in BIASES:
-            raise ValueError(f"bias={self.bias!r}: expected one of {', '.join(map(repr, BIASES))}")
-        targets = self.target_modules
-        if targets is not None and not isinstance(targets, str):
-            if not isinstance(targets, Iterable) or not all(isinstance(target, str) for target in targets):
-                raise TypeError(f"target_modules={targets!r}: expected a list of names, a regular expression or None")
-            self.target_modules = sorted(targets) if isinstance(targets, set | frozenset) else list(targets)
-            if not self.target_modules:
-                raise ValueError("target_modules is empty: name at least one layer, for example ['q_proj', 'v_proj']")
-        for name in ("target_modules", "exclude_modules"):
-            if isinstance(pattern := getattr(self, name), str):
-                check_regex(name, pattern)
-        if isinstance(targets, str) and (self.layers_to_transform is not None or self.layers_pattern is not None):
-            raise ValueError(
-                f"layers_to_transform and layers_pattern narrow a list of names, but target_modules={targets!r} is a "
-                "string: name the layers in a list, or write their numbers into the regular expression"
-            )
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError(f"layers_pattern={self.layers_pattern!r} needs layers_to_transform: which numbers?")
-        for name in ("exclude_modules", "layers_to_transform", "layers_pattern"):
-            if isinstance(value := getattr(self, name), set | frozenset | range):
-                setattr(self, name, sorted(value) if isinstance(value, set | frozenset) else list(value))
-        if isinstance(self.modules_to_save, set | frozenset | tuple):
-            self.modules_to_save = sorted(self.modules_to_save)
-        if isinstance(self.modules_to_save, str):
-            raise TypeError(f"modules_to_save={self.modules_to_save!r}: expected a list, [{self.modules_to_save!r}]")
+        super().__post_init__()
 
     def rank_of(self, name: str) -> int:
         """The rank for the module called ``name``."""
@@ -199,8 +208,26 @@ class LoraConfig(AdapterConfig):
         """lora_alpha for the module called ``name``."""
         return first_match(self.alpha_pattern, name, self.lora_alpha)
 
+    @classmethod
+    def from_file(cls, fields: Mapping[str, Any]) -> Any:
+        if fields.get("init_lora_weights", True) in INITS_THAT_KEEP_THE_BASE:
+            fields = {**fields, "init_lora_weights": True}
+        return super().from_file(fields)
+
+    def parts(self, model: nn.Module, names: Sequence[str], context: InjectionContext) -> list[Part]:
+        tied = tied_embeddings(model) if self.ensure_weight_tying else []
+        if any(name in names for name in tied):
+            raise ValueError(
+                f"ensure_weight_tying=True: {' and '.join(tied)} share a weight, and one LoRA for both is not "
+                "supported here; put them into modules_to_save, or train each on its own without this setting"
+            )
+        saved = list(self.modules_to_save or ())
+        if not any(name.endswith(end) for name in tied for end in saved):
+            return super().parts(model, names, context)
+        both = dataclasses.replace(self, modules_to_save=[*saved, *tied])
+        return tie_copies(AdapterConfig.parts(both, model, names, context), tied)
+
     def warn_unused_patterns(self, names: Sequence[str]) -> None:
-        """Warn about patterns that no adapted module fits: most often a typing error."""
         for field_name in ("rank_pattern", "alpha_pattern"):
             for pattern in getattr(self, field_name):
                 if not any(fits(pattern, name) for name in names):
@@ -223,8 +250,7 @@ def lora_builder(layer_class: type[LoRALinear]) -> Build:
             lora_dropout=config.lora_dropout,
             use_rslora=config.use_rslora,
             init_lora_weights=config.init_lora_weights,
-            adapter_name=context.adapter_name,
-            autocast_adapter_dtype=context.autocast_adapter_dtype,
+            **context.settings,
         )
 
     return build

@@ -2,42 +2,59 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+import copy
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_edu.core.adapter import AdapterLayer, adapter_layers, innermost, named_places
-from lora_edu.core.config import AdapterConfig, InjectionContext, LoraConfig
-from lora_edu.core.matching import expand_targets, is_target, matches_names, near_names
-from lora_edu.core.parts import (
+from lora_edu.core.adapter import AdapterLayer, adapter_layers, innermost
+from lora_edu.core.config import AdapterConfig
+from lora_edu.core.experts import LeftOutWarning, experts_left_out
+from lora_edu.core.matching import (
+    expand_targets,
+    is_target,
+    named_places,
+    warn_caller,
+    warn_unused_targets,
+    why_none,
+)
+from lora_edu.core.merging import disable_adapter
+from lora_edu.core.methods import InjectionContext, make_fast, method_of
+from lora_edu.core.parts import ModuleCopy, Part, TrainedBias, with_task_head
+from lora_edu.core.refusals import check_is_called, check_is_here, check_unsharded
+from lora_edu.core.state import (
     AdapterState,
-    PlannedCopy,
-    TrainedBias,
-    TrainedCopy,
+    activate,
     adapter_state,
-    biases_to_train,
-    extra_parameters,
-    planned_copies,
-    use_parts,
-    with_task_head,
+    check_one,
+    check_whole,
+    injected_models,
+    trained_parameters,
+    unwrapped_model,
+    warn_if_not_averaged,
 )
 
 
 @dataclass(frozen=True)
 class InjectionReport:
-    """What ``inject`` did: the adapted modules by name, and the model's parameter counts afterwards."""
+    """What ``inject`` did: the adapted modules by name, and the model's parameter counts afterwards.
+
+    ``fast`` says how many of the layers have the fused form of lesson 24.
+    """
 
     replaced: list[str]
     trainable: int
     total: int
+    fast: int = 0
 
     def __str__(self) -> str:
+        fused = f", {self.fast} of them fused" if self.fast else ""
         return (
-            f"adapted {len(self.replaced)} layers; trainable {self.trainable:,} of {self.total:,} parameters "
+            f"adapted {len(self.replaced)} layers{fused}; trainable {self.trainable:,} of {self.total:,} parameters "
             f"({100 * self.trainable / self.total:.4f} %)"
         )
 
@@ -46,20 +63,20 @@ class InjectionReport:
 class Plan:
     """An injection that is worked out but not carried out: the model is still as it was."""
 
-    adapter_name: str
-    config: LoraConfig
+    config: Any
+    context: InjectionContext
     layers: dict[str, AdapterLayer]  # by original name, a shared module once
-    places: list[tuple[nn.Module, str, AdapterLayer]]  # (parent, attribute, layer), a shared module at each place
-    copies: list[PlannedCopy]
-    biases: list[TrainedBias]
+    spots: list[tuple[nn.Module, str, AdapterLayer]]  # (parent, attribute, layer), a shared module at each place
+    parts: list[Part]
 
 
 def inject(
     model: nn.Module,
-    config: LoraConfig,
+    config: AdapterConfig,
     adapter_name: str = "default",
     autocast_adapter_dtype: bool = True,
     fast: bool = False,
+    batches: Iterable[Any] | None = None,
 ) -> InjectionReport:
     """Wrap every layer that the config means in an adapter, in place, and freeze everything else.
 
@@ -67,10 +84,11 @@ def inject(
 
     Args:
         model: any model; its linear, Conv1D and embedding layers can be adapted.
-        config: which layers, which rank, which scale.
+        config: which layers, which rank, which scale. The model keeps a copy.
         adapter_name: a name without dots, new to this model.
         autocast_adapter_dtype: keep A and B in float32 where the base is in half precision.
-        fast: use the fused layers of lesson 21 where there are some: the same numbers up to rounding, in less time.
+        fast: use the fused layers of lesson 24 where there are some: the same numbers up to rounding, in less time.
+        batches: for a method whose start is computed from data; what the model is called with, as dictionaries.
 
     Raises:
         ValueError: no module fits (near names are listed), the name is taken, the model is a bare layer, an adapter
@@ -79,49 +97,79 @@ def inject(
 
     Built in lesson 04.
     """
+    wrapper, model = model, model_to_inject(model, config, adapter_name)
+    context = InjectionContext(adapter_name, autocast_adapter_dtype)
     with trainability_kept_on_failure(model):
-        plan = plan_injection(model, config, adapter_name, autocast_adapter_dtype, fast)
+        config = aimed(model, config, adapter_name)
+        context.shared |= learned(model, config, batches)
+        plan = plan_injection(model, config, context)
+    if plan.layers and (left_out := experts_left_out(model, plan.config, plan.layers)):
+        warn_caller(str(left_out), LeftOutWarning)
+    fused = sum(make_fast(layer) for layer in plan.layers.values()) if fast else 0
     carry_out(model, plan)
+    warn_if_not_averaged(wrapper)
     trainable, total = count_parameters(model)
-    return InjectionReport(list(plan.layers), trainable, total)
+    return InjectionReport(list(plan.layers), trainable, total, fused)
 
 
-def plan_injection(
-    model: nn.Module,
-    config: LoraConfig,
-    adapter_name: str = "default",
-    autocast_adapter_dtype: bool = True,
-    fast: bool = False,
-) -> Plan:
-    """Find the targets and build their layers without putting them into the model."""
-    check_injection(model, config, adapter_name)
-    config = with_task_head(config, model)
+def aimed(model: nn.Module, config: Any, adapter_name: str) -> Any:
+    """A copy of the config that knows its targets in this model."""
+    config = with_task_head(copy.deepcopy(config, {id(config.layers): {}, id(config.targets): {}}), model)
     if config.modules_to_save and hasattr(nn.ModuleDict, adapter_name):
         raise ValueError(
             f"adapter_name={adapter_name!r} is a word that PyTorch's ModuleDict uses itself: choose another"
         )
+    method_of(config)  # says so if there is none, before anything else is looked at
+    if not config.replaces_layers:
+        return config
     places = list(named_places(model))
     modules: dict[str, nn.Module] = {name: module for name, _, _, module in places}
-    names = target_names(model, config, modules)
+    if config.target_modules is None:
+        # Remember what None meant, so that a saved file does not depend on a table.
+        config.target_modules = list(config.default_targets(model, modules))
+    for name in target_names(model, config, modules):
+        check_is_called(name, [(parent, attr) for _, parent, attr, module in places if module is modules[name]])
+        check_is_here(name, innermost(modules[name]), model)
+        config.targets[name] = innermost(modules[name])
+        config.builder(config.targets[name], name)  # says so if the method cannot adapt this kind of layer
+    return config
 
-    context = InjectionContext(adapter_name, autocast_adapter_dtype, fast)
-    layers = {name: config.build(modules[name], name, context) for name in names}
+
+def learned(model: nn.Module, config: Any, batches: Iterable[Any] | None) -> dict[str, Any]:
+    """What the method's ``prepare`` finds in the batches, with the model's other adapters switched off."""
+    method = method_of(config)
+    prepare = method.prepare or getattr(type(config), "prepare", None)
+    if prepare is None:
+        return {}
+    if batches is None:
+        raise ValueError(f"{method.name} starts from data: pass batches=[...], what the model is called with")
+    with disable_adapter(model) if injected_models(model) else nullcontext():
+        return prepare(config, model, batches)
+
+
+def plan_injection(model: nn.Module, config: Any, context: InjectionContext) -> Plan:
+    """Build the layers of a config that knows its targets, without putting them into the model."""
+    places = list(named_places(model))
+    modules = {name: module for name, _, _, module in places}
+    layers = {name: config.build(modules[name], name, context) for name in config.targets}
     # A module with two names is one module: wherever it is registered, the same adapted layer takes its place.
     wrapped = {id(modules[name]): layer for name, layer in layers.items()}
     spots = [(parent, attr, wrapped[id(module)]) for _, parent, attr, module in places if id(module) in wrapped]
-    copies = planned_copies(model, config)
-    if both := [planned.name for planned in copies if planned.name in layers]:
+    parts = config.parts(model, list(layers), context)
+    if both := [part.place for part in parts if isinstance(part, ModuleCopy) and part.place in layers]:
         raise ValueError(
             f"modules_to_save={config.modules_to_save}: {both[0]!r} is a target too; a module is adapted or saved whole"
         )
-    biases = biases_to_train(model, config, names)
-    if config.target_modules is None:  # remember what None meant, so that a saved file does not depend on a table
-        config = replace(config, target_modules=expand_targets(None, model, modules))
-    return Plan(adapter_name, config, layers, spots, copies, biases)
+    config.layers = layers
+    return Plan(config, context, layers, spots, parts)
 
 
-def check_injection(model: nn.Module, config: LoraConfig, adapter_name: str) -> None:
-    """Raise if this adapter cannot be injected into this model, whatever its targets."""
+def model_to_inject(model: nn.Module, config: Any, adapter_name: str) -> nn.Module:
+    """The model that an adapter goes into: the one injected before, inside whatever is around it, or this one.
+
+    Raises:
+        ValueError, TypeError: if this adapter cannot be injected into this model, whatever its targets.
+    """
     if not isinstance(config, AdapterConfig):
         raise TypeError(f"config is a {type(config).__name__}; expected LoraConfig(...) from lora_edu")
     if not isinstance(model, nn.Module):
@@ -136,13 +184,18 @@ def check_injection(model: nn.Module, config: LoraConfig, adapter_name: str) -> 
         )
     if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
         raise ValueError(f"adapter_name={adapter_name!r}: expected a non-empty name without dots")
+    check_unsharded(model)
+    found = injected_models(model)
+    check_one(model, found)
+    model = next(iter(found.values()), unwrapped_model(model))
     if "adapter_state" not in model.__dict__:
+        check_whole(model)
         if adapter_layers(model, adapter_name):
             raise ValueError(
-                f"layers of this model already have an adapter named {adapter_name!r}, put in by hand or into a part "
-                "of the model; choose another adapter_name"
+                f"layers of this model already have an adapter named {adapter_name!r}, put in by hand; "
+                "choose another adapter_name"
             )
-        return
+        return model
     state = adapter_state(model)
     if adapter_name in state.configs:
         raise ValueError(
@@ -151,14 +204,16 @@ def check_injection(model: nn.Module, config: LoraConfig, adapter_name: str) -> 
         )
     if any(layer.merge_state.layers for layer in adapter_layers(model).values()):
         raise ValueError(f"an adapter is merged: call unmerge(model) before adding adapter {adapter_name!r}")
-    if config.bias != "none" and state.biases:
+    training = [name for name, parts in state.parts.items() if any(isinstance(part, TrainedBias) for part in parts)]
+    if config.bias != "none" and training:
         raise ValueError(
-            f"bias={config.bias!r}: adapter {next(iter(state.biases))!r} trains biases already, and one model can "
+            f"bias={config.bias!r}: adapter {training[0]!r} trains biases already, and one model can "
             "hold one such adapter; use bias='none'"
         )
+    return model
 
 
-def target_names(model: nn.Module, config: LoraConfig, modules: dict[str, nn.Module]) -> list[str]:
+def target_names(model: nn.Module, config: Any, modules: dict[str, nn.Module]) -> list[str]:
     """Original names of the modules to adapt, each module once.
 
     A module with several names is a target if one of them fits, and goes by its first.
@@ -175,98 +230,38 @@ def target_names(model: nn.Module, config: LoraConfig, modules: dict[str, nn.Mod
         first_names.setdefault(id(module), name)
     hits = [first_names[id(module)] for name, module in modules.items() if is_target(name, targets, *narrowed)]
     names = list(dict.fromkeys(hits))
+    left_out = experts_left_out(model, config, names)
     if not names:
-        anywhere = [name for name in modules if is_target(name, targets)]
-        reason = (
-            f"{len(anywhere)} modules fit, but exclude_modules, modules_to_save or layers_to_transform rule them out"
-            if anywhere
-            else f"no module of the {type(model).__name__} has such a name; near names: {near_names(targets, modules)}"
-        )
+        reason = f"no layer has such a name; {left_out}" if left_out else why_none(targets, model, frozen)
         raise ValueError(f"target_modules={config.target_modules!r}: {reason}")
-    if not isinstance(targets, str):
-        for target in targets:
-            if not any(matches_names([target], name) for name in modules):
-                near = near_names(target, modules)
-                warnings.warn(f"target_modules: {target!r} fits no module; near names: {near}", stacklevel=4)
+    warn_unused_targets(targets, frozen, left_out.means if left_out else lambda target: False)
     config.warn_unused_patterns(names)
     return names
 
 
 def carry_out(model: nn.Module, plan: Plan, trainable: bool = True) -> None:
     """Put a plan's layers into the model, and make its adapter the active one if it is the first."""
+    name = plan.context.adapter_name
     first = "adapter_state" not in model.__dict__
     if first:
         model.__dict__["adapter_state"] = AdapterState()
         model.requires_grad_(False)
     state = adapter_state(model)
-    for parent, attribute, layer in plan.places:
+    for parent, attribute, layer in plan.spots:
         setattr(parent, attribute, layer)
-    for planned in plan.copies:
-        setattr(planned.parent, planned.attribute, planned.wrapper)
-        planned.wrapper.copies[plan.adapter_name] = planned.copy
-    state.configs[plan.adapter_name] = plan.config
-    if plan.biases:
-        state.biases[plan.adapter_name] = plan.biases
+        layer.injected = True
+    for part in plan.parts:
+        part.install()
+    state.configs[name], state.contexts[name], state.parts[name] = plan.config, plan.context, plan.parts
     if first:
-        activate(model, [plan.adapter_name])
+        activate(model, [name])
     else:  # the new adapter waits for set_adapter; the others keep what trains
         for layer in plan.layers.values():
             layer.active = False
-        for parameter in new_parameters(plan):
+        for parameter in trained_parameters(plan.layers.values(), plan.parts):
             parameter.requires_grad_(False)
     if first and not trainable:
         model.requires_grad_(False)
-
-
-def new_parameters(plan: Plan) -> Iterator[nn.Parameter]:
-    """What a plan adds: the layers' adapters, the copies' parameters and the trained biases."""
-    for layer in plan.layers.values():
-        yield from layer.adapter_parameters()
-    for planned in plan.copies:
-        yield from planned.copy.parameters()
-    for bias in plan.biases:
-        yield bias.trained
-
-
-def set_adapter(model: nn.Module, adapter_name: str | Sequence[str]) -> None:
-    """Make one adapter (or several, whose updates then add up) the active and the only trainable one.
-
-    Raises:
-        KeyError: if the model has no adapter of that name.
-        ValueError: if an adapter is merged into the weights.
-    """
-    names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-    known = adapter_state(model).configs
-    for name in names:
-        if name not in known:
-            raise KeyError(f"no adapter named {name!r}; this model has: {', '.join(known)}")
-    if any(layer.merge_state.layers for layer in adapter_layers(model).values()):
-        raise ValueError(f"an adapter is merged into the weights: call unmerge(model) before set_adapter({names})")
-    for place, _, _, module in named_places(model):
-        if isinstance(module, TrainedCopy) and len(both := [n for n in names if n in module.copies]) > 1:
-            raise ValueError(f"{place!r} has a trained copy in each of {both}, and only one can be in use: name one")
-    activate(model, names)
-
-
-def activate(model: nn.Module, names: Sequence[str]) -> None:
-    """Switch to these adapters, without checks."""
-    state = adapter_state(model)
-    state.active = list(names)
-    for adapter_name in state.configs:
-        chosen = adapter_name in names
-        for layer in adapter_layers(model, adapter_name).values():
-            layer.active = chosen
-            for parameter in layer.adapter_parameters():
-                parameter.requires_grad_(chosen)
-        for parameter in extra_parameters(model, adapter_name):
-            parameter.requires_grad_(chosen)
-    use_parts(model, names)
-
-
-def list_adapters(model: nn.Module) -> list[str]:
-    """The names of the model's adapters, in the order in which they came; empty for a plain model."""
-    state = model.__dict__.get("adapter_state")
-    return [] if state is None else list(state.configs)
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

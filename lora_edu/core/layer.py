@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_edu.core.adapter import AdapterLayer, at_least_float32, innermost
+from lora_edu.core.adapter import AdapterLayer, Pair, at_least_float32, innermost
+
+Factors = tuple[Tensor, Tensor, float, float]  # A, B, s, and the probability of dropout
 
 
 class LoRALinear(AdapterLayer):
@@ -40,11 +42,12 @@ class LoRALinear(AdapterLayer):
     Source: Hu et al. 2021, eq. 3. Built in lesson 03.
     """
 
+    additive = True
     kind: type[nn.Module] = nn.Linear
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)
-        return (y + self.update(x)).to(y.dtype) if self.adds_to_output() else y
+        return (y + self.update(x)).to(y.dtype) if self.applies_in_forward() else y
 
     def update(self, x: Tensor) -> Tensor:
         """What the adapter adds to the output for x, in the adapter's precision: s · (dropout(x) Aᵀ) Bᵀ."""
@@ -87,18 +90,13 @@ class LoRALinear(AdapterLayer):
                 stacklevel=2,
             )
         self.r, self.lora_alpha, self.use_rslora = r, lora_alpha, use_rslora
-        self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
+        self.scaling = scale_of(lora_alpha, r, use_rslora)
         self.dropout = nn.Dropout(lora_dropout) if lora_dropout > 0 else nn.Identity()
         # 4096 → 4096 at r=8: A is (8, 4096), B is (4096, 8): 65,536 numbers instead of 16,777,216.
         self.lora_A = self.new_parameter(r, self.in_features)
         self.lora_B = self.new_parameter(self.out_features, r)
         self.reset_lora_parameters(init_lora_weights)
         self.train(base.training)
-
-    def features(self) -> tuple[int, int]:
-        """(in, out) of the base layer."""
-        out_features, in_features = self.weight.shape  # nn.Linear stores (out, in)
-        return in_features, out_features
 
     def reset_lora_parameters(self, init_lora_weights: bool | str) -> None:
         """Fresh A and B. B stays zero, so that training starts at the base model; A not too, or no gradient flows."""
@@ -109,14 +107,24 @@ class LoRALinear(AdapterLayer):
         if init_lora_weights is False:
             nn.init.kaiming_uniform_(self.lora_B, a=math.sqrt(5))
 
-    def adapted_weight(self, weight: Tensor) -> Tensor:
-        return weight + self.delta_weight()
+    def adapted(self, weight: Tensor, bias: Tensor | None) -> Pair:
+        return weight + self.oriented(self.delta_weight()), bias
+
+    def factors(self) -> Factors:
+        """The layer as base(x) + s · B (A · drop(x)): A (r, in), B (out, r), s, and the dropout in effect now."""
+        dropout_p = self.dropout.p if self.training and isinstance(self.dropout, nn.Dropout) else 0.0
+        return self.lora_A, self.lora_B, self.scaling, dropout_p
 
     def adapter_parameters(self) -> list[nn.Parameter]:
         return [self.lora_A, self.lora_B]
 
-    def saved_tensors(self) -> dict[str, Tensor]:
+    def to_file(self) -> dict[str, Tensor]:
         return {"lora_A.weight": self.lora_A, "lora_B.weight": self.lora_B}
+
+    def reconfigure(self, config: Any, name: str) -> None:
+        """Take over the scale: a file with another lora_alpha needs another one."""
+        self.lora_alpha, self.use_rslora = config.alpha_of(name), config.use_rslora
+        self.scaling = scale_of(self.lora_alpha, self.r, self.use_rslora)
 
     def extra_repr(self) -> str:
         return f"adapter_name={self.adapter_name!r}, r={self.r}, lora_alpha={self.lora_alpha}, merged={self.merged}"
@@ -130,13 +138,6 @@ class LoRAConv1D(LoRALinear):
 
     kind = Conv1D
 
-    def features(self) -> tuple[int, int]:
-        in_features, out_features = self.weight.shape
-        return in_features, out_features
-
-    def adapted_weight(self, weight: Tensor) -> Tensor:
-        return weight + self.delta_weight().T
-
 
 class LoRAEmbedding(LoRALinear):
     """LoRA for ``nn.Embedding``: row x of the table becomes W[x] + s · B A[:, x]. No dropout, as in PEFT.
@@ -149,10 +150,7 @@ class LoRAEmbedding(LoRALinear):
     """
 
     kind = nn.Embedding
-
-    def features(self) -> tuple[int, int]:
-        rows, dim = self.weight.shape
-        return rows, dim
+    factors = None  # type: ignore[assignment]  # rows are looked up, not multiplied
 
     def reset_lora_parameters(self, init_lora_weights: bool | str) -> None:
         nn.init.normal_(self.lora_B)
@@ -165,11 +163,13 @@ class LoRAEmbedding(LoRALinear):
         # Gemma's embedding multiplies its rows by embed_scale after the look-up.
         return F.linear(h, self.lora_B) * self.scaling * getattr(table, "embed_scale", 1)
 
-    def adapted_weight(self, weight: Tensor) -> Tensor:
-        return weight + self.delta_weight().T
-
-    def saved_tensors(self) -> dict[str, Tensor]:
+    def to_file(self) -> dict[str, Tensor]:
         return {"lora_embedding_A": self.lora_A, "lora_embedding_B": self.lora_B}
+
+
+def scale_of(lora_alpha: float, r: int, use_rslora: bool) -> float:
+    """s: lora_alpha / r, or lora_alpha / √r (Kalajdzievski 2023)."""
+    return lora_alpha / (math.sqrt(r) if use_rslora else r)
 
 
 def check_rank(r: Any) -> int:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -57,6 +59,37 @@ DEFAULT_TARGETS: dict[str, list[str]] = {
     "rwkv7": ["r_proj", "k_proj", "v_proj", "o_proj", "key", "value"],
 }
 CLASSIFIER_HEADS = ("score", "classifier")
+BIASES = ("none", "all", "lora_only")
+# Attributes below which torch.compile and checkpointing keep the module they wrap: they are no part of its name.
+TRANSPARENT = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+
+
+class Wrapper(nn.Module):
+    """Stands where ``base`` stood in a model. Names of modules, in matching and in files, skip it."""
+
+    base: nn.Module
+
+
+def named_places(
+    model: nn.Module, prefix: str = "", above: tuple[nn.Module, ...] = ()
+) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
+    """Every place at which a module is registered: (its original name, parent, attribute, module).
+
+    Original means without the segments that wrappers add. A module registered under two names is met twice; one that
+    is registered somewhere inside itself is not entered again.
+    """
+    for attribute, module in model._modules.items():  # named_children() would skip the second name of a shared module
+        while module is not None and isinstance(compiled := module._modules.get("_orig_mod"), nn.Module):
+            module = compiled  # torch.compile keeps calling what it was given: replace the compiled module as a whole
+        if module is None:
+            continue
+        name = prefix[:-1] if attribute in TRANSPARENT else f"{prefix}{attribute}"
+        yield name, model, attribute, module
+        inside = module
+        while isinstance(inside, Wrapper):
+            inside = inside.base
+        if not any(inside is outer for outer in (model, *above)):
+            yield from named_places(inside, f"{name}." if name else "", (model, *above))
 
 
 def check_regex(field_name: str, pattern: str) -> None:
@@ -65,6 +98,36 @@ def check_regex(field_name: str, pattern: str) -> None:
         re.compile(pattern)
     except re.error as error:
         raise ValueError(f"{field_name}={pattern!r} is not a regular expression: {error}") from None
+
+
+def check_targets(config: Any) -> None:
+    """Bring the fields that every config has into their form, lists rather than sets; raise for what has no sense."""
+    if config.bias not in BIASES:
+        raise ValueError(f"bias={config.bias!r}: expected one of {', '.join(map(repr, BIASES))}")
+    targets = config.target_modules
+    if targets is not None and not isinstance(targets, str):
+        if not isinstance(targets, Iterable) or not all(isinstance(target, str) for target in targets):
+            raise TypeError(f"target_modules={targets!r}: expected a list of names, a regular expression or None")
+        config.target_modules = sorted(targets) if isinstance(targets, set | frozenset) else list(targets)
+        if not config.target_modules:
+            raise ValueError("target_modules is empty: name at least one layer, for example ['q_proj', 'v_proj']")
+    for name in ("target_modules", "exclude_modules"):
+        if isinstance(pattern := getattr(config, name), str):
+            check_regex(name, pattern)
+    if isinstance(targets, str) and (config.layers_to_transform is not None or config.layers_pattern is not None):
+        raise ValueError(
+            f"layers_to_transform and layers_pattern narrow a list of names, but target_modules={targets!r} is a "
+            "string: name the layers in a list, or write their numbers into the regular expression"
+        )
+    if config.layers_pattern and config.layers_to_transform is None:
+        raise ValueError(f"layers_pattern={config.layers_pattern!r} needs layers_to_transform: which numbers?")
+    for name in ("exclude_modules", "layers_to_transform", "layers_pattern"):
+        if isinstance(value := getattr(config, name), set | frozenset | range):
+            setattr(config, name, sorted(value) if isinstance(value, set | frozenset) else list(value))
+    if isinstance(config.modules_to_save, set | frozenset | tuple):
+        config.modules_to_save = sorted(config.modules_to_save)
+    if isinstance(config.modules_to_save, str):
+        raise TypeError(f"modules_to_save={config.modules_to_save!r}: expected a list, [{config.modules_to_save!r}]")
 
 
 def matches_names(patterns: str | Iterable[str] | None, name: str) -> bool:
@@ -175,8 +238,33 @@ def linear_endings(modules: dict[str, nn.Module]) -> list[str]:
 
 
 def near_names(wanted: str | Iterable[str], modules: dict[str, nn.Module]) -> list[str]:
-    """Names in the model that look like what was asked for: for error messages."""
-    endings = list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in modules if name))
-    names = [wanted] if isinstance(wanted, str) else list(wanted)
-    near = [hit for name in names for hit in difflib.get_close_matches(name.rsplit(".", 1)[-1], endings, n=3)]
+    """Names in the model that look like what was asked for: for error messages. Numbers in a list are no names."""
+    endings = dict.fromkeys(name.rsplit(".", 1)[-1] for name in modules if name)
+    names = [ending for ending in endings if not ending.isdigit()]
+    asked = [wanted] if isinstance(wanted, str) else list(wanted)
+    near = [hit for name in asked for hit in difflib.get_close_matches(name.rsplit(".", 1)[-1], names, n=3)]
     return list(dict.fromkeys(near)) or linear_endings(modules)[:8]
+
+
+def why_none(targets: str | Iterable[str], model: nn.Module, modules: dict[str, nn.Module]) -> str:
+    """Why no module is a target: for an error message."""
+    if fit := sum(is_target(name, targets) for name in modules):
+        return f"{fit} modules fit, but exclude_modules, modules_to_save or layers_to_transform rule them out"
+    return f"no module of the {type(model).__name__} has such a name; near names: {near_names(targets, modules)}"
+
+
+def warn_unused_targets(
+    targets: str | Iterable[str], modules: dict[str, nn.Module], known: Callable[[str], bool]
+) -> None:
+    """Warn about names in a list of targets that no module has, but for those ``known`` to mean something else."""
+    for target in [] if isinstance(targets, str) else targets:
+        if not known(target) and not any(matches_names([target], name) for name in modules):
+            warn_caller(f"target_modules: {target!r} fits no module; near names: {near_names(target, modules)}")
+
+
+def warn_caller(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warn as from the line outside this package that led here."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("lora_edu."):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)

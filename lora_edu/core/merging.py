@@ -9,8 +9,11 @@ from typing import Any
 
 from torch import nn
 
-from lora_edu.core.adapter import AdapterLayer, adapter_layers, adapters_around, named_places
-from lora_edu.core.parts import TrainedCopy, adapter_state, use_parts
+from lora_edu.core.adapter import AdapterLayer, adapter_layers, adapters_around, check_combination
+from lora_edu.core.matching import named_places
+from lora_edu.core.merge_state import register_pair
+from lora_edu.core.parts import TrainedCopy
+from lora_edu.core.state import adapter_state, injected_model, injected_models
 
 
 def merge(model: nn.Module, adapter_names: str | Sequence[str] | None = None) -> None:
@@ -24,9 +27,28 @@ def merge(model: nn.Module, adapter_names: str | Sequence[str] | None = None) ->
 
     Raises:
         KeyError: if the model has no adapter of that name.
-        ValueError: if a merged weight would not be finite; no weight is changed then.
+        ValueError: if a method has no dense form or brings something that no weight can hold, if several cannot be
+            merged together, or if a merged weight would not be finite; no weight is changed then.
     """
-    merge_layers(layers_of(model, adapter_names))
+    model = injected_model(model)
+    names = names_of(model, adapter_names)
+    layers = [layer for name in names for layer in adapter_layers(model, name).values()]
+    check_merge(model, layers)
+    for name in names:
+        if not adapter_layers(model, name):
+            check_unloadable(model, name)
+    merge_layers(layers)
+
+
+def check_merge(model: nn.Module, layers: Sequence[AdapterLayer]) -> None:
+    """Raise if these layers cannot all be merged, given what else is merged or in use around their weights."""
+    chosen = set(map(id, layers))
+    for outermost in adapter_layers(model).values():
+        around = list(adapters_around(outermost))
+        if any(id(layer) in chosen for layer in around):
+            check_combination([layer for layer in around if id(layer) in chosen or layer.active or layer.merged])
+    for layer in layers:
+        layer.check_mergeable()
 
 
 def merge_layers(layers: Iterable[AdapterLayer]) -> None:
@@ -37,7 +59,7 @@ def merge_layers(layers: Iterable[AdapterLayer]) -> None:
             if not layer.merged:
                 layer.merge()
                 done.append(layer)
-    except ValueError:
+    except BaseException:
         for layer in reversed(done):
             layer.unmerge()
         raise
@@ -45,37 +67,55 @@ def merge_layers(layers: Iterable[AdapterLayer]) -> None:
 
 def unmerge(model: nn.Module, adapter_names: str | Sequence[str] | None = None) -> None:
     """Take merged adapters (all of them, or the named ones) out of the weights again, bit for bit."""
+    model = injected_model(model)
     names = list(adapter_state(model).configs) if adapter_names is None else adapter_names
-    for layer in layers_of(model, names):
-        layer.unmerge()
+    for name in names_of(model, names):
+        for layer in adapter_layers(model, name).values():
+            layer.unmerge()
 
 
-def layers_of(model: nn.Module, adapter_names: str | Sequence[str] | None) -> list[AdapterLayer]:
-    """The layers of the named adapters, or of the active ones."""
+def names_of(model: nn.Module, adapter_names: str | Sequence[str] | None) -> list[str]:
+    """The named adapters, each once, or the active ones. Raises KeyError for one that the model lacks."""
     state = adapter_state(model)
     names = state.active if adapter_names is None else adapter_names
     names = [names] if isinstance(names, str) else names
     for name in names:
-        if name not in state.configs:
-            raise KeyError(f"no adapter named {name!r}; this model has: {', '.join(state.configs)}")
-    return [layer for name in names for layer in adapter_layers(model, name).values()]
+        state.check_name(name)
+    return list(dict.fromkeys(names))
+
+
+def check_unloadable(model: nn.Module, adapter_name: str) -> None:
+    """Raise if an adapter brings something that a plain model has no place for."""
+    for part in adapter_state(model).parts.get(adapter_name, []):
+        if not part.unloadable:
+            raise ValueError(
+                f"adapter {adapter_name!r} brings a {type(part).__name__} ({part.place}), which no weight of the plain "
+                "model can hold: it cannot be merged; keep it, or name other adapters"
+            )
 
 
 def merge_and_unload(model: Any) -> nn.Module:
     """The plain model with the active adapters merged for good: no lora_edu module is left in it.
 
-    Works in place and returns the model; for a single adapted layer it returns the plain layer. Trained biases and
-    the active adapter's ``modules_to_save`` stay; adapters that are not active are dropped. Where an output head
-    that was tied to the embedding got an update of its own, the model's config is set to untied.
+    Works in place and returns the model that was injected; for a single adapted layer it returns the plain layer.
+    Trained biases and the active adapter's ``modules_to_save`` stay; adapters that are not active are dropped. Where
+    an output head that was tied to the embedding got an update of its own, the model's config is set to untied.
 
     Raises:
-        ValueError: if a merged weight would not be finite; the model is then as before.
+        ValueError: as for ``merge``, or if a part of an active adapter has no place in a plain model. The model is
+            then as before.
     """
     if isinstance(model, AdapterLayer):
         merge_layers(layer for layer in adapters_around(model) if layer.active)
         return unwrapped(model)
-    adapter_state(model)
+    model = injected_model(model)
+    state = adapter_state(model)
+    for name in state.active:
+        check_unloadable(model, name)
     merge(model)
+    for parts in state.parts.values():
+        for part in parts:
+            part.unload()
     for _, parent, attribute, module in list(named_places(model)):
         if isinstance(module, AdapterLayer):
             setattr(parent, attribute, unwrapped(module))
@@ -94,7 +134,7 @@ def merge_and_unload(model: Any) -> nn.Module:
 
 def unwrapped(layer: AdapterLayer) -> nn.Module:
     """The pretrained layer without its adapters, with whatever is merged into it."""
-    layer.merge_state.pretrained = None
+    layer.merge_state.pair = None
     return layer.frozen
 
 
@@ -113,27 +153,29 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     >>> with disable_adapter(model):
     ...     reference = model(**batch)
     """
-    adapter_state(model)  # says so where there is no adapter
+    if not isinstance(model, AdapterLayer) and not injected_models(model):
+        injected_model(model)  # says so where there is no adapter
+    # Usually one model; parts of it may have been injected on their own.
+    states = [adapter_state(each) for each in injected_models(model).values()]
+    names = [state.active for state in states]
     layers = [module for module in model.modules() if isinstance(module, AdapterLayer)]
-    # Usually the model itself; parts of it may have been injected on their own.
-    injected = [module for module in model.modules() if "adapter_state" in module.__dict__]
-    names = [adapter_state(module).active for module in injected]
     active = [layer.active for layer in layers]
-    merged = [(layer.frozen, layer.frozen.weight, layer.merge_state) for layer in layers if layer.merged]
+    merged = [(layer.frozen, layer.weight, layer.bias, layer.merge_state) for layer in layers if layer.merged]
     for layer in layers:
         layer.active = False
-    for frozen, weight, merge_state in merged:
-        frozen.weight = merge_state.pretrained_like(weight)
-    for module in injected:
-        adapter_state(module).active = []  # so that an inner block, when it ends, does not switch anything on
-        use_parts(module, [])
+    for frozen, _, _, merge_state in merged:
+        if (pair := merge_state.pair_like(frozen)) is not None:
+            register_pair(frozen, *pair)
+    for state in states:
+        state.active = []  # so that an inner block, when it ends, does not switch anything on
+        state.use_parts([])
     try:
         yield model
     finally:
-        for module, were_active in zip(injected, names, strict=True):
-            adapter_state(module).active = were_active
-            use_parts(module, were_active)
-        for frozen, merged_weight, _ in merged:
-            frozen.weight = merged_weight
+        for state, were_active in zip(states, names, strict=True):
+            state.active = were_active
+            state.use_parts(were_active)
+        for frozen, weight, bias, _ in merged:
+            register_pair(frozen, weight, bias)
         for layer, was_active in zip(layers, active, strict=True):
             layer.active = was_active

@@ -1,17 +1,20 @@
-"""What else an adapter may train: copies of whole modules (``modules_to_save``) and biases. Built in lesson 08."""
+"""What else an adapter brings: trained copies of modules (``modules_to_save``), trained biases. Built in lesson 08."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from lora_edu.core.adapter import Wrapper, adapter_layers, adapters_around, named_places
-from lora_edu.core.config import LoraConfig
-from lora_edu.core.matching import near_names
+from lora_edu.core.adapter import adapter_layers
+from lora_edu.core.matching import Wrapper, named_places, near_names
+from lora_edu.core.refusals import check_is_here
+
+PREFIX = "base_model.model."  # of every key in PEFT's files that names a module
 
 # What the new heads of these tasks are called in transformers' models; PEFT trains and saves them without being asked.
 TASK_HEADS = {
@@ -19,6 +22,48 @@ TASK_HEADS = {
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
 }
+
+
+class Part:
+    """Something that an adapter brings beside its layers: a trained copy, a bias, a prefix. Made, then installed.
+
+    Attributes:
+        place: what it is about, for messages; two parts of one place cannot be in use at the same time.
+        unloadable: ``merge_and_unload`` can leave its effect in a plain model.
+        by_row: a mixed batch can answer each row with another: ``serving.mixed`` does so for copies of modules.
+    """
+
+    place: str
+    unloadable: ClassVar[bool] = True
+    by_row: ClassVar[bool] = False
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        """What trains."""
+        raise NotImplementedError
+
+    def install(self) -> None:
+        """Take the place in the model, switched off. Nothing before this changes the model."""
+
+    def use(self, on: bool) -> None:
+        """Switch on or off; what is off leaves no trace in the outputs."""
+        raise NotImplementedError
+
+    def to_file(self) -> dict[str, Tensor]:
+        """What a file holds of it: {full key: tensor}."""
+        raise NotImplementedError
+
+    def from_file(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what a file holds; keys and shapes are those of ``to_file``."""
+        with torch.no_grad():
+            for key, tensor in self.to_file().items():
+                tensor.copy_(tensors[key])
+
+    def repeats(self, key: str, tensors: Mapping[str, Tensor]) -> bool:
+        """Whether a key that ``to_file`` does not have is known to repeat, in PEFT's files, what the others say."""
+        return False
+
+    def unload(self) -> None:
+        """Leave the model for good: what is on by now leaves its effect, what is off leaves nothing."""
 
 
 class TrainedCopy(Wrapper):
@@ -51,153 +96,151 @@ class TrainedCopy(Wrapper):
 
 
 @dataclass
-class TrainedBias:
-    """One bias with its pretrained and its trained value; the one in use is registered in ``module``."""
+class ModuleCopy(Part):
+    """One adapter's copy of a module of ``modules_to_save``, and the places at which its wrapper goes."""
+
+    by_row = True
+
+    place: str  # the module's first original name
+    adapter_name: str
+    spots: list[tuple[nn.Module, str]]  # (parent, attribute): more than one where the module is registered twice
+    wrapper: TrainedCopy
+    copy: nn.Module
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        return self.copy.parameters()
+
+    def install(self) -> None:
+        for parent, attribute in self.spots:
+            setattr(parent, attribute, self.wrapper)
+        self.wrapper.copies[self.adapter_name] = self.copy
+
+    def use(self, on: bool) -> None:
+        if on:
+            self.wrapper.active = self.adapter_name
+        elif self.wrapper.active == self.adapter_name:
+            self.wrapper.active = None
+
+    def to_file(self) -> dict[str, Tensor]:
+        return {f"{PREFIX}{self.place}.{key}": tensor for key, tensor in self.copy.state_dict().items()}
+
+    def repeats(self, key: str, tensors: Mapping[str, Tensor]) -> bool:
+        """PEFT writes an embedding's copy twice, and the pretrained module that the copy replaces."""
+        tail = key.removeprefix(f"{PREFIX}{self.place}.")
+        for prefix in ("modules_to_save.", "original_module."):
+            if tail != key and tail.startswith(prefix):
+                inner = tail.removeprefix(prefix)
+                copied = self.to_file().get(f"{PREFIX}{self.place}.{inner}")
+                if prefix == "original_module.":  # the copy stands for it, whatever its values were
+                    return copied is not None
+                same = tensors.get(f"{PREFIX}{self.place}.{inner}")
+                return (
+                    same is not None and same.shape == tensors[key].shape and torch.equal(tensors[key].to(same), same)
+                )
+        return False
+
+
+@dataclass
+class TrainedBias(Part):
+    """One bias with its pretrained and its trained value; the one in use is registered in its modules."""
 
     names: list[str]  # original names of the modules that hold it: more than one where it is tied
     modules: list[Any]
     pretrained: nn.Parameter
     trained: nn.Parameter
+    in_file: list[str]  # the names that PEFT's file has of these: with "lora_only", those of adapted layers
+    adapted: frozenset[str]  # PEFT calls the plain layer inside an adapted one ``base_layer``
 
-    def use(self, parameter: nn.Parameter) -> None:
-        """Register ``parameter`` as the module's bias, moved to where the bias now in use is."""
-        parameter.data = parameter.data.to(self.modules[0].bias)
+    @property
+    def place(self) -> str:  # type: ignore[override]
+        """The bias's first name."""
+        return f"{self.names[0]}.bias"
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        return [self.trained]
+
+    def use(self, on: bool) -> None:
+        parameter = self.trained if on else self.pretrained
+        parameter.data = parameter.data.to(self.modules[0].bias)  # moved to where the bias now in use is
         for module in self.modules:
             module.bias = parameter
 
-
-@dataclass
-class AdapterState:
-    """What a model remembers of its adapters: the config of each, and the biases that one of them trains."""
-
-    configs: dict[str, Any] = field(default_factory=dict)
-    active: list[str] = field(default_factory=list)
-    biases: dict[str, list[TrainedBias]] = field(default_factory=dict)
+    def to_file(self) -> dict[str, Tensor]:
+        return {
+            f"{PREFIX}{name}.base_layer.bias" if name in self.adapted else f"{PREFIX}{name}.bias": self.trained
+            for name in self.in_file
+        }
 
 
-def adapter_state(model: nn.Module) -> AdapterState:
-    """The model's adapter state; for a model whose layers were wrapped by hand, one read off these layers.
+def copies_to_train(model: nn.Module, wanted: Sequence[str] | None, adapter_name: str) -> list[Part]:
+    """One copy for each module that ``modules_to_save`` means, outermost first, none inside another.
 
     Raises:
-        ValueError: if there is no adapter in this model.
+        ValueError: if no module fits any of the names, or one of them holds adapters already.
     """
-    state = model.__dict__.get("adapter_state")
-    if state is None:
-        places = [model, *(module for _, _, _, module in named_places(model))]
-        layers = [layer for module in places for layer in adapters_around(module)]
-        if layers:
-            names = list(dict.fromkeys(layer.adapter_name for layer in layers))
-            active = [name for name in names if any(la.active for la in layers if la.adapter_name == name)]
-            return AdapterState(configs=dict.fromkeys(names), active=active)
+    if not wanted:
+        return []
+    made: dict[int, ModuleCopy] = {}
+    names: list[str] = []
+    for name, parent, attribute, module in named_places(model):
+        inside = any(f"{name}.".startswith(f"{outer}.") for outer in names) and id(module) not in made
+        if any(name.endswith(end) for end in wanted) and not inside:
+            if adapter_layers(module.base if isinstance(module, TrainedCopy) else module):
+                raise ValueError(
+                    f"modules_to_save: {name!r} is adapted by another adapter already; a module is either adapted or "
+                    "saved as a whole"
+                )
+            check_is_here(name, module, model)
+            names.append(name)
+            if id(module) not in made:
+                wrapper = module if isinstance(module, TrainedCopy) else TrainedCopy(module)
+                trained = copy.deepcopy(wrapper.base).requires_grad_(True)
+                made[id(module)] = ModuleCopy(name, adapter_name, [], wrapper, trained)
+            made[id(module)].spots.append((parent, attribute))
+    if not made:
+        modules = {name: module for name, _, _, module in named_places(model)}
         raise ValueError(
-            f"this {type(model).__name__} has no adapters: call inject(model, LoraConfig(...)) or "
-            "load_adapter(model, directory) first, with the same model object"
+            f"modules_to_save={list(wanted)}: no module has such a name; near names: {near_names(wanted, modules)}"
         )
-    return state
+    return list(made.values())
 
 
-def with_task_head(config: LoraConfig, model: nn.Module) -> LoraConfig:
+def biases_to_train(model: nn.Module, bias: str, replaced: Sequence[str], copies: Sequence[Part]) -> list[Part]:
+    """The biases that ``bias`` ("none", "all", "lora_only") lets train, a shared one once.
+
+    Modules of ``modules_to_save`` are left out: there the copy trains, biases and all.
+    """
+    if bias == "none":
+        return []
+    copied = [each.wrapper.base for each in copies if isinstance(each, ModuleCopy)]
+    left_out = {id(parameter) for module in copied for parameter in module.parameters()}
+    holders: dict[int, TrainedBias] = {}
+    wanted: set[int] = set()
+    for name, _, _, module in [("", None, "", model), *named_places(model)]:
+        while isinstance(module, Wrapper):
+            module = module.base
+        found = module._parameters.get("bias")
+        if found is None or id(found) in left_out:
+            continue
+        if id(found) not in holders:
+            trained = nn.Parameter(found.detach().clone())
+            holders[id(found)] = TrainedBias([], [], found, trained, [], frozenset(replaced))
+        holder = holders[id(found)]
+        if not any(known is module for known in holder.modules):
+            holder.names.append(name)
+            holder.modules.append(module)
+            if bias == "all" or name in replaced:
+                holder.in_file.append(name)
+        if bias == "all" or name in replaced:
+            check_is_here(name, module, model)
+            wanted.add(id(found))
+    return [holder for key, holder in holders.items() if key in wanted]
+
+
+def with_task_head(config: Any, model: nn.Module) -> Any:
     """The config with the model's new head for its ``task_type`` among ``modules_to_save``, as PEFT adds it."""
     heads = TASK_HEADS.get(config.task_type or "", ())
     given = list(config.modules_to_save or ())
     names = [name for name, _, _, _ in named_places(model)]
     new = [head for head in heads if head not in given and any(name.endswith(head) for name in names)]
     return replace(config, modules_to_save=[*given, *new]) if new else config
-
-
-def saved_places(model: nn.Module, config: LoraConfig) -> list[tuple[str, nn.Module, str, nn.Module]]:
-    """The places that ``config.modules_to_save`` means, outermost module first, none inside another.
-
-    Raises:
-        ValueError: if no module fits any of the names, or one of them holds adapters already.
-    """
-    wanted = config.modules_to_save
-    if not wanted:
-        return []
-    found: list[tuple[str, nn.Module, str, nn.Module]] = []
-    for place in named_places(model):
-        name, module = place[0], place[3]
-        if any(name.endswith(end) for end in wanted) and not any(name.startswith(outer[0] + ".") for outer in found):
-            inner = module.base if isinstance(module, TrainedCopy) else module
-            if adapter_layers(inner):
-                raise ValueError(
-                    f"modules_to_save: {name!r} is adapted by another adapter already; a module is either adapted or "
-                    "saved as a whole"
-                )
-            found.append(place)
-    if not found:
-        modules = {name: module for name, _, _, module in named_places(model)}
-        raise ValueError(
-            f"modules_to_save={list(wanted)}: no module has such a name; near names: {near_names(wanted, modules)}"
-        )
-    return found
-
-
-def biases_to_train(model: nn.Module, config: LoraConfig, replaced: Sequence[str]) -> list[TrainedBias]:
-    """The biases that ``config.bias`` lets train, a shared one once; nothing is changed in the model yet.
-
-    Modules of ``modules_to_save`` are left out: there the copy trains, biases and all.
-    """
-    if config.bias == "none":
-        return []
-    left_out: set[int] = {id(p) for _, _, _, module in saved_places(model, config) for p in module.parameters()}
-    holders: dict[int, TrainedBias] = {}
-    wanted: set[int] = set()
-    for name, _, _, module in [("", None, "", model), *named_places(model)]:
-        while isinstance(module, Wrapper):
-            module = module.base
-        bias = module._parameters.get("bias")
-        if bias is None or id(bias) in left_out:
-            continue
-        found = holders.setdefault(id(bias), TrainedBias([], [], bias, nn.Parameter(bias.detach().clone())))
-        if not any(known is module for known in found.modules):
-            found.names.append(name)
-            found.modules.append(module)
-        if config.bias == "all" or name in replaced:
-            wanted.add(id(bias))
-    return [holder for key, holder in holders.items() if key in wanted]
-
-
-@dataclass
-class PlannedCopy:
-    """A trained copy that is made but not in the model yet: where its wrapper goes, and the copy itself."""
-
-    name: str
-    parent: nn.Module
-    attribute: str
-    wrapper: TrainedCopy
-    copy: nn.Module
-
-
-def planned_copies(model: nn.Module, config: LoraConfig) -> list[PlannedCopy]:
-    """One copy for each place of ``modules_to_save``; a module registered twice has one copy, under its first name."""
-    made: dict[int, PlannedCopy] = {}
-    plan = []
-    for name, parent, attribute, module in saved_places(model, config):
-        if id(module) not in made:
-            wrapper = module if isinstance(module, TrainedCopy) else TrainedCopy(module)
-            trained = copy.deepcopy(wrapper.base).requires_grad_(True)
-            made[id(module)] = PlannedCopy(name, parent, attribute, wrapper, trained)
-        first = made[id(module)]
-        plan.append(PlannedCopy(first.name, parent, attribute, first.wrapper, first.copy))
-    return plan
-
-
-def use_parts(model: nn.Module, active: Sequence[str]) -> None:
-    """Put the biases and module copies of the active adapters in use, and the pretrained ones elsewhere."""
-    state = adapter_state(model)
-    for adapter_name, biases in state.biases.items():
-        for bias in biases:
-            bias.use(bias.trained if adapter_name in active else bias.pretrained)
-    for _, _, _, module in named_places(model):
-        if isinstance(module, TrainedCopy):
-            module.active = next((name for name in active if name in module.copies), None)
-
-
-def extra_parameters(model: nn.Module, adapter_name: str) -> Iterator[nn.Parameter]:
-    """The biases and copied modules' parameters that one adapter trains."""
-    for bias in adapter_state(model).biases.get(adapter_name, []):
-        yield bias.trained
-    for _, _, _, module in named_places(model):
-        if isinstance(module, TrainedCopy) and adapter_name in module.copies:
-            yield from module.copies[adapter_name].parameters()

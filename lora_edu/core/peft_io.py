@@ -6,10 +6,10 @@ name. Nothing is ever unpickled, and a file that does not fit is refused before 
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,30 +17,29 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
-from lora_edu.core.adapter import AdapterLayer, adapter_layers, named_places
-from lora_edu.core.config import LoraConfig, registered_methods
-from lora_edu.core.inject import Plan, carry_out, plan_injection, trainability_kept_on_failure
-from lora_edu.core.parts import TASK_HEADS, TrainedCopy, adapter_state
+from lora_edu.core.adapter import AdapterLayer, adapter_layers
+from lora_edu.core.config import AdapterConfig
+from lora_edu.core.experts import means_more_in_peft, warn_of_losses
+from lora_edu.core.inject import aimed, carry_out, model_to_inject, plan_injection, trainability_kept_on_failure
+from lora_edu.core.matching import named_places
+from lora_edu.core.methods import InjectionContext, method_of, registered_methods
+from lora_edu.core.parts import PREFIX, TASK_HEADS, ModuleCopy, Part
+from lora_edu.core.state import adapter_state, injected_model, warn_if_not_averaged
+from lora_edu.core.vocabulary import check_rows, grown_embeddings, grown_rows, own_weight
 from lora_edu.files import write_atomically
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-PREFIX = "base_model.model."
-
-# Fields of PEFT's file that describe a run or a machine and change no number.
-NEUTRAL_FIELDS = {
-    "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_version", "peft_type",
-    "fan_in_fan_out", "megatron_config", "megatron_core", "runtime_config", "loftq_config", "eva_config",
-    "corda_config", "lora_ga_config", "qalora_group_size", "ensure_weight_tying",
-}  # fmt: skip
-# Initialisations that leave the base's weights alone: once the adapter's tensors are loaded, they make no difference.
-INITS_THAT_KEEP_THE_BASE = (True, False, "gaussian", "orthogonal", "eva")
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "default") -> Path:
     """Write one adapter as PEFT would: two files in ``directory``, each put in place atomically.
+
+    Where the model's vocabulary has grown since the base was saved, the file also holds the embedding's rows. Sharded
+    tensors (FSDP) are gathered, so that every process must make this call.
 
     Returns:
         The directory.
@@ -49,33 +48,35 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, adapter_name: s
         KeyError: if the model has no adapter of that name.
         ValueError: if nothing was injected into this model, or its layers were wrapped by hand, without a config.
     """
+    model = injected_model(model)
     state = adapter_state(model)
-    if adapter_name not in state.configs:
-        raise KeyError(f"no adapter named {adapter_name!r}; this model has: {', '.join(state.configs)}")
-    if state.configs[adapter_name] is None:
+    state.check_name(adapter_name)
+    config, parts = state.configs[adapter_name], state.parts.get(adapter_name, [])
+    if config is None:
         raise ValueError(
             f"adapter {adapter_name!r} was put in by hand, so there is no config to save; use inject(model, config)"
         )
     layers = adapter_layers(model, adapter_name)
-    tensors = {f"{PREFIX}{name}.{key}": t for name, layer in layers.items() for key, t in layer.saved_tensors().items()}
-    copies = {
-        name: module.copies[adapter_name]
-        for name, _, _, module in named_places(model)
-        if isinstance(module, TrainedCopy) and adapter_name in module.copies
+    tensors = tensors_of(layers, parts) | config.shared_to_file(state.contexts[adapter_name])
+    tensors = grown_rows(model, tensors) | tensors
+    stored = {key: gathered(tensor).to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
+    common = {
+        "peft_type": config.peft_type,
+        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
+        "inference_mode": True,
+        "fan_in_fan_out": any(isinstance(layer.frozen, Conv1D) for layer in layers.values()),
     }
-    for name, copy in copies.items():
-        tensors |= copy_tensors(name, copy)
-    for bias in state.biases.get(adapter_name, []):
-        for name in bias_names(bias.names, layers, state.configs[adapter_name]):
-            tensors[bias_key(name, layers)] = bias.trained
-    stored = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
-    fields = config_to_peft(state.configs[adapter_name], model)
-    fields["fan_in_fan_out"] = any(isinstance(layer.frozen, Conv1D) for layer in layers.values())
-    if fields["task_type"] in TASK_HEADS and not copies:
+    fields = method_of(config).file_fields(config.to_file())
+    fields |= {name: value for name, value in common.items() if name not in config.lacks}
+    if fields.get("task_type") in TASK_HEADS and not any(isinstance(part, ModuleCopy) for part in parts):
         # With it, PEFT looks for a head that is not in this file; without it, "all-linear" would mean the head as well.
         fields["task_type"] = None
-        if fields["target_modules"] == "all-linear":
+        if fields.get("target_modules") == "all-linear":
             fields["target_modules"] = list(layers)
+    if config.peft_type == "LORA" and layers:
+        if means_more_in_peft(model, fields.get("target_modules")):
+            fields["target_modules"] = list(layers)
+        warn_of_losses(model, layers)
     # Only the outer level is sorted: in rank_pattern and alpha_pattern the first key that fits counts.
     config_file = json.dumps(dict(sorted(fields.items())), indent=2).encode() + b"\n"
     folder = Path(directory)
@@ -104,16 +105,27 @@ def load_adapter(
     folder = Path(directory)
     config = read_config(folder)
     tensors = read_tensors(folder)
+    wrapper, model = model, model_to_inject(model, config, adapter_name)
+    check_rows(tensors, model)
+    context = InjectionContext(adapter_name)
     with trainability_kept_on_failure(model), torch.no_grad():
-        plan = plan_injection(model, config, adapter_name)
-        expected = expected_tensors(plan)
-        check_tensors(tensors, expected, plan, model, folder)
-        for key, parameter in expected.items():
-            parameter.copy_(tensors[key])
+        config = aimed(model, config, adapter_name)
+        try:
+            config.shared_from_file(tensors, context)
+        except KeyError as error:
+            raise ValueError(f"{folder / WEIGHTS_FILE}: {error} is missing; the file is incomplete") from None
+        plan = plan_injection(model, config, context)
+        shared = plan.config.shared_to_file(context)
+        unknown = tensors.keys() - (tensors_of(plan.layers, plan.parts) | shared).keys()
+        plan.parts += grown_embeddings({key: tensors[key] for key in unknown}, model)
+        check_tensors(tensors, plan.config, plan.layers, plan.parts, shared, model, folder)
+        fill(plan.layers, plan.parts, tensors)
     carry_out(model, plan, trainable=is_trainable)
+    if is_trainable:
+        warn_if_not_averaged(wrapper)
 
 
-def read_config(folder: Path) -> LoraConfig:
+def read_config(folder: Path) -> AdapterConfig:
     """The config of a saved adapter.
 
     Raises:
@@ -131,32 +143,15 @@ def read_config(folder: Path) -> LoraConfig:
         raise ValueError(f"{path} is not valid JSON ({error}); write the adapter again") from None
     if not isinstance(fields, dict):
         raise ValueError(f"{path} holds a {type(fields).__name__}; expected an object with peft_type, r, …")
-    known: dict[str, Any] = {method.config_type.peft_type: method.config_type for method in registered_methods()}
+    # A config class that inherits its peft_type writes files that are its parent's to read.
+    types = [method.config_type for method in reversed(registered_methods())]
+    known = {each.peft_type: each for each in types if "peft_type" in vars(each)}
     if fields.get("peft_type") not in known:
         raise ValueError(f"{path}: peft_type={fields.get('peft_type')!r}; lora_edu reads {', '.join(known)}")
-    return config_from_peft(fields, known[fields["peft_type"]], path)
-
-
-def config_from_peft(fields: dict[str, Any], config_type: type[LoraConfig], path: Path) -> LoraConfig:
-    """Our config from PEFT's fields; those that we lack must be neutral or unset."""
-    ours = {field.name for field in dataclasses.fields(config_type)}
-    unsupported = {key: value for key, value in fields.items() if value and key not in ours | NEUTRAL_FIELDS}
-    if unsupported:
-        raise ValueError(f"{path}: lora_edu does not support {unsupported}, and these settings change the numbers")
-    settings = {key: value for key, value in fields.items() if key in ours and value is not None}
-    if settings.get("init_lora_weights", True) in INITS_THAT_KEEP_THE_BASE:
-        settings["init_lora_weights"] = True
     try:
-        return config_type(**settings)
+        return known[fields["peft_type"]].from_file(fields)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
-
-
-def config_to_peft(config: LoraConfig, model: nn.Module) -> dict[str, Any]:
-    """PEFT's fields for our config."""
-    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    name = getattr(getattr(model, "config", None), "_name_or_path", None) or None
-    return fields | {"peft_type": config.peft_type, "base_model_name_or_path": name, "inference_mode": True}
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -181,77 +176,73 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         raise ValueError(
             f"{path} is not a complete safetensors file ({error}); it may be truncated, or a pickle under another name"
         ) from None
-    if strangers := [key for key in tensors if not key.startswith(PREFIX)]:
-        raise ValueError(
-            f"{path}: {len(strangers)} of {len(tensors)} keys lack PEFT's prefix {PREFIX!r}, for example "
-            f"{strangers[0]!r}; this is no PEFT adapter, or its keys were renamed"
-        )
+    # PEFT reads keys with its default adapter's name in them, and writes them without.
+    # A module of the model may be called so too: the name counts only behind that of a tensor, as lora_A or hada_w1_a.
+    return {re.sub(r"(_\w+)\.default(?=(\.weight)?$)", r"\1", key): tensor for key, tensor in tensors.items()}
+
+
+def tensors_of(layers: Mapping[str, AdapterLayer], parts: Iterable[Part]) -> dict[str, Tensor]:
+    """{key in the file: tensor} of an adapter's layers and parts."""
+    tensors = {f"{PREFIX}{name}.{key}": t for name, layer in layers.items() for key, t in layer.to_file().items()}
+    for part in parts:
+        tensors |= part.to_file()
     return tensors
 
 
-def expected_tensors(plan: Plan) -> dict[str, Tensor]:
-    """{key in the file: tensor that it fills} for everything that a plan trains."""
-    expected = {f"{PREFIX}{n}.{key}": t for n, layer in plan.layers.items() for key, t in layer.saved_tensors().items()}
-    for planned in plan.copies:
-        expected |= copy_tensors(planned.name, planned.copy)
-    for bias in plan.biases:
-        names = bias_names(bias.names, plan.layers, plan.config)
-        expected |= {bias_key(name, plan.layers): bias.trained for name in names}
-    return expected
+def fill(layers: Mapping[str, AdapterLayer], parts: Iterable[Part], tensors: Mapping[str, Tensor]) -> None:
+    """Put a file's values into layers and parts; ``check_tensors`` has seen that they fit."""
+    for name, layer in layers.items():
+        layer.from_file({key: tensors[f"{PREFIX}{name}.{key}"] for key in layer.to_file()})
+    for part in parts:
+        part.from_file(tensors)
 
 
-def bias_names(names: list[str], adapted: Iterable[str], config: LoraConfig) -> list[str]:
-    """Under which of a tied bias's names PEFT writes it: all of them, or with "lora_only" those of adapted layers."""
-    return names if config.bias == "all" else [name for name in names if name in adapted]
-
-
-def copy_tensors(name: str, module: nn.Module) -> dict[str, Tensor]:
-    """Keys and tensors of a module of ``modules_to_save``."""
-    return {f"{PREFIX}{name}.{key}": tensor for key, tensor in module.state_dict().items()}
-
-
-def bias_key(name: str, adapted: Iterable[str]) -> str:
-    """The key of a trained bias; PEFT calls the plain layer inside an adapted one ``base_layer``."""
-    return f"{PREFIX}{name}.base_layer.bias" if name in adapted else f"{PREFIX}{name}.bias"
+def gathered(tensor: Tensor) -> Tensor:
+    """The tensor itself, or all of it where this process holds a shard."""
+    if tensor.is_meta:
+        raise ValueError("the adapter is offloaded (on the meta device): call save_adapter before offloading the model")
+    tensor = tensor.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def check_tensors(
-    tensors: dict[str, Tensor], expected: dict[str, Tensor], plan: Plan, model: nn.Module, folder: Path
+    tensors: Mapping[str, Tensor],
+    config: Any,
+    layers: Mapping[str, AdapterLayer],
+    parts: list[Part],
+    shared: Mapping[str, Tensor],
+    model: nn.Module,
+    folder: Path,
 ) -> None:
-    """Raise unless the file holds exactly the expected tensors in the expected shapes."""
-    path = folder / WEIGHTS_FILE
+    """Raise unless the file holds exactly what layers, parts and the method's shared tensors need."""
+    path, expected = folder / WEIGHTS_FILE, tensors_of(layers, parts) | dict(shared)
+    unnamed = [key for key in tensors if not key.startswith("base_model.") and key not in expected]
+    if unnamed:
+        raise ValueError(
+            f"{path}: {len(unnamed)} of {len(tensors)} keys lack PEFT's prefix {PREFIX!r}, for example "
+            f"{unnamed[0]!r}; this is no PEFT adapter, or its keys were renamed"
+        )
     if missing := sorted(expected.keys() - tensors.keys()):
         raise ValueError(
             f"{path}: {len(missing)} of {len(expected)} tensors are missing, for example {missing[0]!r}; the adapter "
             "was made for another model or other target_modules, or the file is incomplete"
         )
-    if foreign := sorted(key for key in tensors.keys() - expected.keys() if not repeats(key, tensors, plan, model)):
+    left = sorted(tensors.keys() - expected.keys())
+    known = [key for key in left if any(part.repeats(key, tensors) for part in parts)]
+    if foreign := [key for key in left if key not in known and not repeats_base(key, tensors[key], model)]:
         raise ValueError(
             f"{path}: {len(foreign)} tensors have no place in this model, for example {foreign[0]!r}; the adapter was "
             "made for another model, or its config was changed"
         )
     for key, parameter in expected.items():
         if tensors[key].shape != parameter.shape:
+            rank = f" and r={config.r}" if hasattr(config, "r") else ""
             raise ValueError(
-                f"{path}: {key!r} has shape {tuple(tensors[key].shape)}, but this model and r={plan.config.r} need "
+                f"{path}: {key!r} has shape {tuple(tensors[key].shape)}, but this model{rank} need "
                 f"{tuple(parameter.shape)}; check r and rank_pattern in {CONFIG_FILE}, and that this is the right base"
             )
         if tensors[key].is_floating_point() != parameter.is_floating_point():
             raise ValueError(f"{path}: {key!r} holds {tensors[key].dtype} numbers, expected {parameter.dtype}")
-
-
-def repeats(key: str, tensors: dict[str, Tensor], plan: Plan, model: nn.Module) -> bool:
-    """Whether PEFT wrote something twice: an embedding's weight, or with bias="all" the biases of a copied module."""
-    for planned in plan.copies:
-        for prefix, other in (("modules_to_save.", None), ("original_module.", planned.wrapper.base.state_dict())):
-            tail = key.removeprefix(f"{PREFIX}{planned.name}.")
-            if tail != key and tail.startswith(prefix):
-                inner = tail.removeprefix(prefix)
-                same = tensors.get(f"{PREFIX}{planned.name}.{inner}") if other is None else other.get(inner)
-                if same is not None and same.shape == tensors[key].shape:
-                    return torch.equal(tensors[key].to(same), same)
-                return False
-    return repeats_base(key, tensors[key], model)
 
 
 def repeats_base(key: str, tensor: Tensor, model: nn.Module) -> bool:
@@ -262,7 +253,6 @@ def repeats_base(key: str, tensor: Tensor, model: nn.Module) -> bool:
     if not key.endswith(".weight"):
         return False
     name = key.removeprefix(PREFIX).removesuffix(".weight").removesuffix(".base_layer")
-    module = next((module for place, _, _, module in named_places(model) if place == name), None)
-    merged_into = module.merge_state.pretrained if isinstance(module, AdapterLayer) else None
-    weight = getattr(module, "weight", None) if merged_into is None else merged_into
+    module: Any = next((module for place, _, _, module in named_places(model) if place == name), None)
+    weight = None if module is None else own_weight(model, module)
     return weight is not None and tensor.shape == weight.shape and torch.equal(tensor.to(weight), weight)

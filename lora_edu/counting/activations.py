@@ -7,8 +7,8 @@ tensors. Against autograd's own list (tests) and a 7B-shaped model on a GPU (les
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from transformers import PretrainedConfig
 
@@ -101,7 +101,12 @@ def _adapter_inputs(wide: Mapping[str, int], training: Training, names: Collecti
 
 
 def activation_bytes(
-    config: PretrainedConfig, training: Training, batch: int, tokens: int, checkpointing: bool = False
+    config: PretrainedConfig,
+    training: Training,
+    batch: int,
+    tokens: int,
+    checkpointing: bool = False,
+    blocks: Sequence[Mapping[str, int]] | None = None,
 ) -> int:
     """Bytes of activations at the moment when they are most: when the loss begins to go backward. Lesson 06.
 
@@ -110,6 +115,8 @@ def activation_bytes(
         training: what trains, and in which precision.
         batch, tokens: rows and tokens a row; the loss is taken over all of them.
         checkpointing: keep only the input of each block, and compute one block again at a time when its turn comes.
+        blocks: ``training.ranks`` of each block that gradients pass, where they are not the same in all: the lowest
+            adapted one and those above it. What lies below that keeps nothing; the lowest is counted whole.
 
     Assumes fused attention, a loss in float32 over the whole vocabulary (12 bytes a token and entry at its peak: the
     log-probabilities, their gradient and one temporary), no compilation, nothing offloaded.
@@ -119,10 +126,12 @@ def activation_bytes(
     """
     if batch < 1 or tokens < 1:
         raise ValueError(f"batch={batch}, tokens={tokens}: both must be at least 1")
+    widths(config)  # refuses models of another shape
     hidden, e = config.hidden_size, training.compute_bytes
-    block = sum(block_activations(config, training).values())
+    each = [training.ranks] * config.num_hidden_layers if blocks is None else blocks
+    kept = [sum(block_activations(config, replace(training, ranks=ranks)).values()) for ranks in each]
     end = 4 * hidden + (2 * e * hidden if training.full else 0)  # the last norm, and what the head reads
     loss = 12 * config.vocab_size
     if not checkpointing:
-        return batch * tokens * (config.num_hidden_layers * block + end + loss)
-    return batch * tokens * (config.num_hidden_layers * e * hidden + max(block, end + loss))
+        return batch * tokens * (sum(kept) + end + loss)
+    return batch * tokens * (len(kept) * e * hidden + max([*kept, end + loss]))

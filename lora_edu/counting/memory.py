@@ -7,19 +7,23 @@ below are the usual choices of precision. Sizes are in GB = 10⁹ bytes unless a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import PretrainedConfig
+from transformers.pytorch_utils import Conv1D
 
-from lora_edu.core.inject import count_parameters
-from lora_edu.core.matching import expand_targets
+from lora_edu.core.config import LoraConfig
+from lora_edu.core.experts import LeftOut, LeftOutWarning, expert_parameters
+from lora_edu.core.matching import output_head, warn_caller
+from lora_edu.core.state import unwrapped_model
 from lora_edu.counting.activations import INPUT_OF, Training, activation_bytes
 from lora_edu.counting.meta import load_config, meta_model
-from lora_edu.counting.parameters import lora_report
+from lora_edu.counting.parameters import adapted_shapes, base_parameters, lora_formula
 
 NF4_BITS = 4 + 32 / 64  # a float32 scale for each block of 64 weights
 NF4_DQ_BITS = 4 + 8 / 64 + 32 / (64 * 256)  # that scale in 8 bits, and a float32 one for 256 of them
@@ -92,6 +96,8 @@ class MemoryEstimate:
     master: float
     gradients: float
     activations: float | None = None
+    left_out: LeftOut | None = None  # what the targets mean and LoRA here does not adapt
+    unquantised: str = ""  # why a base in four bits is larger than that, if it is
 
     @property
     def states(self) -> float:
@@ -139,7 +145,9 @@ class MemoryTable:
         def line(cells: list[str]) -> str:
             return "  ".join([*map(str.ljust, cells[:2], sizes), *map(str.rjust, cells[2:], sizes[2:])]).rstrip()
 
-        return "\n".join([self.title, *map(line, [head, *body])])
+        notes = [f"LoRA: {row.left_out}" for row in self.rows if row.left_out]
+        notes += [f"four bits: {row.unquantised}" for row in self.rows if row.unquantised]
+        return "\n".join([self.title, *map(line, [head, *body]), *dict.fromkeys(notes)])
 
 
 def _gb(size: float) -> str:
@@ -176,23 +184,27 @@ def training_memory(
     """
     recipe = find_recipe(method, precision)
     config, built = _built(model)
-    total = count_parameters(built)[1]
-    ranks: dict[str, int] = {}
+    total = base_parameters(built)
+    shapes: dict[str, tuple[int, int, int]] = {}
+    left_out, unquantised = None, ""
     if recipe.base_bits is None:
         trainable, base = total, float(total * recipe.weight)
     else:
         if not isinstance(target_modules, str | None):
             target_modules = list(target_modules)
-        report = lora_report(built, r, target_modules)
-        trainable = report.total
-        ranks = {row.target: r for row in report.rows if row.target in INPUT_OF}
+        shapes, left_out = adapted_shapes(built, LoraConfig(r=r, target_modules=target_modules))
+        trainable = sum(lora_formula([(d_in, d_out)], rank) for rank, d_in, d_out in shapes.values())
         linear = _linear_weights(built)
         base = linear * recipe.base_bits / 8 + (total - linear) * recipe.other
+        if method == "qlora" and (experts := sum(expert_parameters(built).values())):
+            unquantised = _about_experts(experts, experts * recipe.other)
+            warn_caller(unquantised, LeftOutWarning)
     kept = None
     if activations:
-        adapter_bytes = recipe.weight if ranks else recipe.other
-        training = Training(recipe.base_bits is None, ranks, recipe.other, adapter_bytes, dropout)
-        kept = activation_bytes(config, training, batch, tokens, checkpointing)
+        blocks = None if recipe.base_bits is None else _blocks(config, shapes)
+        adapter_bytes = recipe.weight if shapes else recipe.other
+        training = Training(recipe.base_bits is None, {}, recipe.other, adapter_bytes, dropout)
+        kept = activation_bytes(config, training, batch, tokens, checkpointing, blocks)
     return MemoryEstimate(
         method,
         precision,
@@ -203,22 +215,50 @@ def training_memory(
         master=trainable * recipe.master,
         gradients=trainable * recipe.gradient,
         activations=kept,
+        left_out=left_out,
+        unquantised=unquantised,
     )
+
+
+def _about_experts(numbers: int, size: float) -> str:
+    """Why a mixture of experts in four bits stays large."""
+    return (
+        f"{size / 1e9:.1f} GB of the base are {numbers:,} numbers in experts that are no linear layers in "
+        "transformers 5; it has bitsandbytes pack linear layers only, and these stay in 16 bits"
+    )
+
+
+def _blocks(config: Any, shapes: Mapping[str, tuple[int, int, int]]) -> list[dict[str, int]]:
+    """The ranks in each block that gradients pass: from the lowest adapted layer up."""
+    blocks: list[dict[str, int]] = [{} for _ in range(config.num_hidden_layers)]
+    lowest = len(blocks)
+    for name, (rank, _, _) in shapes.items():
+        ending, place = name.rsplit(".", 1)[-1], re.search(r"(?:^|\.)layers\.(\d+)\.", name)
+        if ending in INPUT_OF and place:
+            blocks[int(place[1])][ending] = rank
+            lowest = min(lowest, int(place[1]))
+        elif ending == "embed_tokens":
+            lowest = 0
+    return blocks[lowest:]
 
 
 def _built(model: PretrainedConfig | nn.Module | str | Path) -> tuple[Any, nn.Module]:
     """A model's config, and the model; without weights where it has to be built."""
     if isinstance(model, nn.Module):
+        model = unwrapped_model(model)
         return model.config, model
     config = load_config(model)
     return config, meta_model(config)
 
 
 def _linear_weights(model: nn.Module) -> int:
-    """Numbers in the weights of all linear layers but the output head: what QLoRA stores in four bits."""
-    modules = {name: module for name, module in model.named_modules() if name}
-    names = expand_targets("all-linear", model, modules)
-    return sum(modules[name].get_parameter("weight").numel() for name in names)
+    """Numbers in the weights of all linear layers but the output head: what bitsandbytes stores in four bits.
+
+    It does so for exactly nn.Linear and Conv1D, not for classes derived from them: transformers' ``bitsandbytes.py``.
+    """
+    head = output_head(model)
+    layers = [each for each in model.modules() if type(each) in (nn.Linear, Conv1D) and each is not head]
+    return sum(layer.get_parameter("weight").numel() for layer in layers)
 
 
 def memory_table(
@@ -231,4 +271,4 @@ def memory_table(
     config, built = _built(model)
     rows = [training_memory(built, recipe.method, recipe.name, **options) for recipe in chosen]  # type: ignore[arg-type]
     name = model if isinstance(model, str | Path) else config.name_or_path or config.model_type
-    return MemoryTable(f"{Path(name).name}: {count_parameters(built)[1]:,} parameters; sizes in GB = 10⁹ bytes", rows)
+    return MemoryTable(f"{Path(name).name}: {base_parameters(built):,} parameters; sizes in GB = 10⁹ bytes", rows)

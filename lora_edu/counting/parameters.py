@@ -6,7 +6,7 @@ that sum, taken over the layers that PEFT would adapt, in a model built without 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,9 +15,14 @@ from torch import nn
 from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from lora_edu.core.inject import count_parameters
+from lora_edu.core.adapter import AdapterLayer, innermost
+from lora_edu.core.config import LoraConfig
+from lora_edu.core.experts import LeftOut, LeftOutWarning, experts_left_out
+from lora_edu.core.inject import count_parameters, target_names
 from lora_edu.core.layer import check_rank
-from lora_edu.core.matching import CLASSIFIER_HEADS, check_regex, expand_targets, fits, is_target, near_names
+from lora_edu.core.matching import CLASSIFIER_HEADS, expand_targets, named_places, warn_caller
+from lora_edu.core.parts import TrainedCopy
+from lora_edu.core.state import unwrapped_model
 from lora_edu.counting.meta import meta_model
 
 
@@ -56,6 +61,7 @@ class LoraCount:
     r: int
     rows: list[TargetRow]
     base_total: int
+    left_out: LeftOut | None = None  # what the targets mean and LoRA here does not adapt
 
     @property
     def total(self) -> int:
@@ -81,7 +87,8 @@ class LoraCount:
             return "  ".join([cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])]).rstrip()
 
         share = f"base {self.base_total:,}; LoRA r={self.r} is {self.percent:.4f} % of base + LoRA"
-        return "\n".join([line(head), *map(line, body), line(foot), share])
+        note = [] if self.left_out is None else [str(self.left_out)]
+        return "\n".join([line(head), *map(line, body), line(foot), share, *note])
 
 
 def lora_report(
@@ -98,41 +105,51 @@ def lora_report(
     """Count the parameters that LoRA of rank ``r`` adds to a model, target by target. Lesson 05.
 
     Args:
-        config_or_model: a model, or anything that ``load_config`` takes.
+        config_or_model: a model, adapted or not, or anything that ``load_config`` takes.
         target_modules: as in ``LoraConfig``: name endings, a regular expression, ``"all-linear"``, or None for
             the family's defaults. Linear, Conv1D and Embedding layers can be adapted.
         exclude_modules, layers_to_transform, rank_pattern: as in ``LoraConfig``.
         head, num_labels: as in ``meta_model``. A classification head trains in full; the report leaves it out.
 
+    Warns as ``inject`` does: about targets that fit nothing, and about experts that are no layers, which the printed
+    report names too.
+
     Raises:
         ValueError: a rank below 1; no layer matches (the message lists near names); a match that LoRA cannot adapt.
     """
-    check_rank(r)
-    for option, pattern in (("target_modules", target_modules), ("exclude_modules", exclude_modules)):
-        if isinstance(pattern, str):
-            check_regex(option, pattern)
+    classifies = head == "classification"
+    config = LoraConfig(
+        r=r,
+        target_modules=target_modules,  # type: ignore[arg-type]
+        exclude_modules=exclude_modules,  # type: ignore[arg-type]
+        layers_to_transform=layers_to_transform,
+        rank_pattern=dict(rank_pattern or {}),
+        modules_to_save=CLASSIFIER_HEADS if classifies else None,
+        task_type="SEQ_CLS" if classifies else None,
+    )
     model = config_or_model
     if not isinstance(model, nn.Module):
         model = meta_model(model, head=head, num_labels=num_labels)
-    modules = {name: module for name, module in model.named_modules() if name}
-    classifies = head == "classification"
-    targets = expand_targets(target_modules, model, modules, "SEQ_CLS" if classifies else None)
-    skipped = CLASSIFIER_HEADS if classifies else None
-
+    shapes, left_out = adapted_shapes(model, config)
     rows: dict[tuple[str, int, int], list[int]] = {}
-    for name, module in modules.items():
-        if is_target(name, targets, exclude_modules, skipped, layers_to_transform):
-            shape = layer_shape(name, module)
-            rank = check_rank(next((v for key, v in (rank_pattern or {}).items() if fits(key, name)), r))
-            rows.setdefault((name.rsplit(".", 1)[-1], *shape), []).append(rank * sum(shape))
-    if not rows:
-        wanted = target_modules if target_modules is not None else targets
-        raise ValueError(
-            f"target_modules={wanted!r} matches no layer of {type(model).__name__}; "
-            f'names that exist: {near_names(targets, modules)}, or use "all-linear"'
-        )
+    for name, (rank, d_in, d_out) in shapes.items():
+        row = rows.setdefault((name.rsplit(".", 1)[-1], d_in, d_out), [])
+        row.append(lora_formula([(d_in, d_out)], rank))
     table = [TargetRow(target, len(found), d_in, d_out, sum(found)) for (target, d_in, d_out), found in rows.items()]
-    return LoraCount(r, table, count_parameters(model)[1])
+    return LoraCount(r, table, base_parameters(model), left_out)
+
+
+def adapted_shapes(model: nn.Module, config: LoraConfig) -> tuple[dict[str, tuple[int, int, int]], LeftOut | None]:
+    """{name: (rank, in, out)} of the layers that a config means, and what it means that is no layer. Warns of that."""
+    model = unwrapped_model(model)
+    modules = {name: module for name, _, _, module in named_places(model)}
+    if config.target_modules is None:
+        config.target_modules = expand_targets(None, model, modules)
+    names = target_names(model, config, modules)
+    left_out = experts_left_out(model, config, names)
+    if left_out:
+        warn_caller(str(left_out), LeftOutWarning)
+    return {name: (config.rank_of(name), *layer_shape(name, innermost(modules[name]))) for name in names}, left_out
 
 
 def lora_parameters(
@@ -147,6 +164,19 @@ def lora_parameters(
     4194304
     """
     return lora_report(config_or_model, r, target_modules, **options).total  # type: ignore[arg-type]
+
+
+def base_parameters(model: nn.Module) -> int:
+    """All parameters of a model as it was before adapters came, tied weights once."""
+    return count_parameters(model)[1] - sum(parameter.numel() for parameter in _of_adapters(model))
+
+
+def _of_adapters(model: nn.Module) -> Iterator[nn.Parameter]:
+    for module in model.modules():
+        if isinstance(module, TrainedCopy):
+            yield from module.copies.parameters()
+        elif isinstance(module, AdapterLayer):
+            yield from module.adapter_parameters()
 
 
 def full_parameters(config_or_model: PretrainedConfig | nn.Module | str | Path, **options: object) -> int:

@@ -12,7 +12,7 @@ import typer
 from lora_edu.course.class_cli import grade, handout, progress
 from lora_edu.course.console import console, fail, friendly
 from lora_edu.course.lessons_cli import lessons
-from lora_edu.course.memory_cli import memory, parse_targets
+from lora_edu.course.memory_cli import memory, parse_targets, warnings_in_one_line
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -87,7 +87,9 @@ def count(
     """Count what LoRA trains in a model, from its config alone: no weights are loaded."""
     from lora_edu.counting import lora_report
 
-    console.print(str(lora_report(model, r, parse_targets(targets))), markup=False)
+    with warnings_in_one_line():
+        report = lora_report(model, r, parse_targets(targets))
+    console.print(str(report), markup=False)
 
 
 for command in (memory, handout, grade, progress):

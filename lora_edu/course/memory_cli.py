@@ -1,12 +1,15 @@
 """``lora-edu memory``: what training a model takes, as a table and as bars, from its config alone."""
 
 import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lora_edu.course.console import console, friendly
+from lora_edu.course.console import console, errors, friendly
 
 if TYPE_CHECKING:
     from lora_edu.counting.memory import MemoryTable
@@ -52,16 +55,17 @@ def memory(
     if method != "all" and precision != "all":
         find_recipe(method, precision)
     estimated = load_config(model).model_type in FAMILIES
-    table = memory_table(
-        model,
-        None if method == "all" else [method],
-        r=r,
-        target_modules=parse_targets(targets),
-        batch=batch,
-        tokens=seq,
-        checkpointing=checkpointing,
-        activations=estimated,
-    )
+    with warnings_in_one_line():
+        table = memory_table(
+            model,
+            None if method == "all" else [method],
+            r=r,
+            target_modules=parse_targets(targets),
+            batch=batch,
+            tokens=seq,
+            checkpointing=checkpointing,
+            activations=estimated,
+        )
     rows = [row for row in table.rows if precision in ("all", row.precision)]
     if not rows:
         raise ValueError(
@@ -81,6 +85,18 @@ def memory(
     if png is not None:
         figure(table).savefig(png, dpi=100, format="png")
         console.print(f"wrote {png}", markup=False)
+
+
+@contextmanager
+def warnings_in_one_line() -> Iterator[None]:
+    """Print each warning once and without the line that led to it; what a table says below itself is not repeated."""
+    from lora_edu.core.experts import LeftOutWarning
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        yield
+    for text in dict.fromkeys(str(each.message) for each in caught if each.category is not LeftOutWarning):
+        errors.print(f"lora-edu: {text}", markup=False, style="yellow")
 
 
 def parse_targets(targets: str | None) -> list[str] | str | None:

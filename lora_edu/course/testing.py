@@ -12,7 +12,7 @@ from lora_edu.files import ROOT
 
 # Part → what it stands for in pytest's command line. "lint" runs before, by itself.
 PARTS = {
-    "unit": ["tests/unit"],
+    "unit": ["tests/unit", "tests/methods"],
     "parity": ["tests/parity"],
     "graders": ["tests/graders"],
     "files": ["tests/notebooks"],

@@ -1,141 +1,74 @@
-"""The layers that ``inject(..., fast=True)`` puts in: LoRALinear's numbers by ``fast.lora_linear``. Built in lesson 21.
+"""The layers that ``inject(..., fast=True)`` puts in: the same numbers, by ``fast.function``. Built in lesson 24.
 
-They differ from the plain layers in ``forward`` only. Whatever ``lora_linear`` does not cover (a merged adapter, one
-around another, a base layer with hooks or a forward of its own) they leave to the plain forward.
+Whatever layer says by ``factors()`` that it is base(x) + s · B (A · drop(x)) can have the fused forward pass. It keeps
+its class's everything else. What ``lora_linear`` does not cover (a merged adapter, one around another, a base layer
+with hooks or a forward of its own) goes through the class's plain forward.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_edu.core.adapter import AdapterLayer
-from lora_edu.core.config import Build, InjectionContext, LoraConfig, lora_builder, register
-from lora_edu.core.layer import LoRAConv1D, LoRALinear
-from lora_edu.fast.function import Layer, lora_linears
+from lora_edu.core.methods import register_fast_form
+from lora_edu.fast.function import lora_linears
 
-# Siblings that models call one after another with the same input.
-SIBLING_NAMES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"), ("q", "k", "v"))
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+KINDS = (nn.Linear, Conv1D)
 
 
-class FastLoRALinear(LoRALinear):
-    """``LoRALinear`` with a faster forward and backward pass; everything else is inherited. Built in lesson 21."""
+class FusedForward:
+    """Put before a layer's class: its forward pass by ``lora_linears`` where that computes the same."""
 
-    siblings: Siblings | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        """The class's own forward, faster where it can be."""
         if not self.is_covered():
-            return super().forward(x)
-        if self.siblings is not None and self.lora_A.requires_grad and torch.is_grad_enabled():  # it trains
-            return self.siblings.output(self, x)
-        return lora_linears(x, [self.tensors()], [self.scaling], [self.dropout_p()])[0]
+            return super().forward(x)  # type: ignore[misc]
+        lora_A, lora_B, scaling, dropout_p = self.factors()
+        weight = self.weight.T if isinstance(self.frozen, Conv1D) else self.weight  # GPT-2's is (in, out)
+        return lora_linears(x, [(weight, self.bias, lora_A, lora_B)], [scaling], [dropout_p])[0]
 
-    def is_covered(self) -> bool:
-        """Whether ``lora_linear`` computes what the plain forward would."""
-        base: Any = self.base
-        as_it_came = type(base).forward is self.kind.forward and not any(getattr(base, hooks) for hooks in HOOKS)
-        return self.active and not self.merged and as_it_came
+    def is_covered(self: Any) -> bool:
+        """Whether ``lora_linears`` computes what the plain forward would."""
+        base = self.base
+        as_it_came = type(base).forward in PLAIN and not any(getattr(base, hooks) for hooks in HOOKS)
+        return as_it_came and self.adds_to_output()
 
-    def tensors(self) -> Layer:
-        """Weight (out, in), bias, A and B."""
-        return self.weight, self.bias, self.lora_A, self.lora_B
-
-    def dropout_p(self) -> float:
-        """The probability of dropping an entry now: none in eval mode."""
-        return self.dropout.p if self.training and isinstance(self.dropout, nn.Dropout) else 0.0
+    def __reduce__(self) -> Any:
+        """How to copy and pickle a layer whose class was made here and cannot be found by its name."""
+        classes = type(self).__mro__
+        return new_fused, (classes[classes.index(FusedForward) + 1],), self.__dict__
 
 
-class FastLoRAConv1D(FastLoRALinear, LoRAConv1D):
-    """``LoRAConv1D`` with a faster forward and backward pass: GPT-2's weight is (in, out) and read transposed."""
-
-    kind = Conv1D
-
-    def tensors(self) -> Layer:
-        return self.weight.T, self.bias, self.lora_A, self.lora_B
+PLAIN = tuple(kind.forward for kind in KINDS)
 
 
-@dataclass
-class Pending:
-    """What one input gave: the outputs that have not been asked for yet."""
-
-    x: Tensor
-    stamp: tuple[int, ...]
-    outputs: dict[nn.Module, Tensor]
+@cache
+def fused_class(layer_class: Any) -> type[AdapterLayer]:
+    """The class with the fused forward pass in front: ``FastLoRALinear`` of ``LoRALinear``."""
+    return type(f"Fast{layer_class.__name__}", (FusedForward, layer_class), {"__doc__": layer_class.__doc__})
 
 
-@dataclass
-class Siblings:
-    """Layers that read the same input. The first one asked computes for all of them; the others collect.
+def new_fused(layer_class: Any) -> AdapterLayer:
+    """An empty layer of the fused class, for ``pickle``."""
+    fused = fused_class(layer_class)
+    return fused.__new__(fused)
 
-    An output is handed out only for the very tensor it was computed from, and only if neither that tensor nor an
-    adapter has changed in between. Layers that turn out to read different inputs stop working together.
+
+def fuse(layer: AdapterLayer) -> bool:
+    """Give a layer the fused forward pass, if it has factors around a linear layer; returns whether it did.
+
+    The object stays and gets another class, as PyTorch's ``fully_shard`` does it: parameters, hooks and names are kept.
     """
-
-    members: list[FastLoRALinear] = field(default_factory=list)
-    pending: Pending | None = None
-    uncollected: int = 0  # inputs in a row of which somebody did not collect
-
-    def output(self, layer: FastLoRALinear, x: Tensor) -> Tensor:
-        """The layer's output for x."""
-        if self.pending is not None and self.pending.x is x and self.pending.stamp == self.stamp(x):
-            outputs = self.pending.outputs
-            if layer in outputs:
-                found = outputs.pop(layer)
-                if not outputs:
-                    self.pending, self.uncollected = None, 0
-                return found
-        elif self.pending is not None:
-            self.pending, self.uncollected = None, self.uncollected + 1
-        group = [layer]
-        if self.uncollected < 3:
-            group += [member for member in self.members if member is not layer and alike(member, layer)]
-        tensors = [member.tensors() for member in group]
-        scalings, dropouts = [m.scaling for m in group], [m.dropout_p() for m in group]
-        own, *rest = lora_linears(x, tensors, scalings, dropouts)
-        if rest:
-            self.pending = Pending(x, self.stamp(x), dict(zip(group[1:], rest, strict=True)))
-        return own
-
-    def stamp(self, x: Tensor) -> tuple[int, ...]:
-        """Changes with every write into x or into an adapter. Traced code has no such counts: it is one pass."""
-        if torch.compiler.is_compiling():
-            return ()
-        adapters = (tensor for member in self.members for tensor in (member.lora_A, member.lora_B))
-        return x._version, *(tensor._version for tensor in adapters)
+    if not callable(getattr(layer, "factors", None)) or not isinstance(layer.frozen, KINDS):
+        return False
+    own: Any = type(layer)
+    layer.__class__ = fused_class(own)
+    return True
 
 
-def alike(one: FastLoRALinear, other: FastLoRALinear) -> bool:
-    """Whether the two can be computed together."""
-    a, b = one.weight, other.weight
-    return one.is_covered() and (a.device, a.dtype, one.in_features) == (b.device, b.dtype, other.in_features)
-
-
-def fast_builder(layer_class: type[FastLoRALinear]) -> Build:
-    """A builder of fast layers of one class; siblings of one parent get to know each other."""
-    plain = lora_builder(layer_class)
-
-    def build(base: nn.Module, name: str, config: LoraConfig, context: InjectionContext) -> AdapterLayer:
-        layer = plain(base, name, config, context)
-        assert isinstance(layer, FastLoRALinear)
-        parent, _, leaf = name.rpartition(".")
-        for names in SIBLING_NAMES:
-            if leaf in names:
-                layer.siblings = context.shared.setdefault(f"{parent}: {', '.join(names)}", Siblings())
-                layer.siblings.members.append(layer)
-        return layer
-
-    return build
-
-
-register(
-    "fast LoRA",
-    LoraConfig,
-    {layer.kind: fast_builder(layer) for layer in (FastLoRALinear, FastLoRAConv1D)},
-    applies=lambda config: not config.use_dora and config.init_lora_weights in (True, False, "gaussian"),
-    fast=True,
-)
+register_fast_form(fuse)

@@ -149,6 +149,7 @@ def load_base(
                 source, dtype=dtype, local_files_only=local, output_loading_info=True, **options
             )
     _check_report(name, head, report)
+    model.pretrained_rows = getattr(config.get_text_config(), "vocab_size", None)  # so that added tokens are noticed
     if name in _CATALOGUE:
         model.config._name_or_path = name  # what a saved adapter calls its base: not a path of this machine
     return model.eval(), tokenizer

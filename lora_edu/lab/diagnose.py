@@ -17,8 +17,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lora_edu.core.adapter import AdapterLayer, Wrapper, named_places
+from lora_edu.core.adapter import AdapterLayer, adapters_around
+from lora_edu.core.matching import Wrapper, named_places
 from lora_edu.core.parts import TrainedCopy
+from lora_edu.core.state import unwrapped_model
 
 IGNORED = -100  # the label that cross-entropy leaves out
 GRADIENTS = ("arrived", "zero", "none", "not finite")
@@ -150,6 +152,68 @@ def counted_tokens(row: Mapping[str, Any], tokenizer: Any) -> str:
     return text
 
 
+def without_gradient(model: nn.Module) -> list[str]:
+    """Adapted layers whose parameters all train, and of which none has a gradient after ``loss.backward()``.
+
+    The forward pass never called them, or its result did not enter the loss. Merged layers are left out.
+    """
+    found = adapters_in(model)
+    parameters = [(name, layer.adapter_parameters()) for name, layer in found if not layer.merged]
+    silent = [name for name, each in parameters if each and all(p.requires_grad and p.grad is None for p in each)]
+    return list(dict.fromkeys(silent))
+
+
+def check_called(model: nn.Module, batch: Mapping[str, Any] | Tensor) -> list[str]:
+    """The adapted layers in use that a forward pass on this batch does not reach, found by one backward pass.
+
+    An empty list is good news. The model runs in the mode it is in: some layers are called in training only. What
+    trains, and every gradient, is afterwards as it was.
+
+    Args:
+        batch: what the model is called with, as a dictionary, or as its only argument.
+
+    Raises:
+        ValueError: if no adapter of the model is in use, or all are merged.
+    """
+    model = unwrapped_model(model)
+    in_use = [layer for _, layer in adapters_in(model) if layer.adds_to_output()]
+    if not in_use:
+        raise ValueError(f"no adapter is in use in this {type(model).__name__}: call inject, set_adapter or unmerge")
+    before = [(parameter, parameter.grad, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        for parameter, _, _ in before:
+            parameter.grad = None
+            parameter.requires_grad_(False)
+        for layer in in_use:
+            for parameter in layer.adapter_parameters():
+                parameter.requires_grad_(True)
+        with torch.enable_grad():
+            output = model(**batch) if isinstance(batch, Mapping) else model(batch)
+            if reached := [tensor.sum() for tensor in tensors_in(output) if tensor.requires_grad]:
+                torch.stack(reached).sum().backward()
+        return without_gradient(model)
+    finally:
+        for parameter, gradient, requires_grad in before:
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = gradient
+
+
+def adapters_in(model: nn.Module) -> list[tuple[str, AdapterLayer]]:
+    """Every adapted layer of a model by its original name, each once."""
+    places = [("", model), *((name, module) for name, _, _, module in named_places(unwrapped_model(model)))]
+    found = {id(layer): (name, layer) for name, module in reversed(places) for layer in adapters_around(module)}
+    return list(found.values())[::-1]
+
+
+def tensors_in(output: Any) -> Iterator[Tensor]:
+    """The tensors of a model's output, which may be one, or some in tuples, lists and dictionaries."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping | list | tuple):
+        for each in output.values() if isinstance(output, Mapping) else output:
+            yield from tensors_in(each)
+
+
 def training_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """(original name, parameter) of everything that requires a gradient; a tied weight once, under its first name."""
     seen: set[int] = set()
@@ -165,6 +229,7 @@ def original_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     The segments that our wrappers and PEFT's add are left out. A weight with two names, like a tied head, has two
     entries. Of a module that is trained as a copy, the copy in use has the plain name.
     """
+    model = unwrapped_model(model)
     plain = getattr(model, "get_base_model", None)
     model = plain() if callable(plain) else model
     found: dict[str, nn.Parameter] = {}

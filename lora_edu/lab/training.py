@@ -30,6 +30,7 @@ from lora_edu.lab.distributed import (
     shards,
     split_batch,
 )
+from lora_edu.lab.hooks import Hooks
 from lora_edu.lab.stopping import Best
 
 Row = dict[str, Any]  # one encoded entry: input_ids, and labels (a list as long, or one class)
@@ -89,8 +90,8 @@ def train(
         seed: fixes the order of the batches (the same for every model) and what is random in the model, like dropout.
             The caller's own random state is left as it was.
 
-    Modules that define ``extra_loss()`` add to the loss; those with ``after_backward(step)`` have it called once the
-    gradients are there, before they are clipped.
+    Modules and adapters' configs that define ``extra_loss()``, ``after_backward(step)`` or ``after_step(step)`` have
+    them called; see ``lab/hooks.py``. Adapted layers that the first step does not reach are named in a warning.
 
     Under ``accelerate launch`` all processes call this with the same model and data, and get the same history and the
     same trained weights, those of one process up to rounding (dropout is drawn by each on its own). The held-out rows
@@ -119,8 +120,7 @@ def train(
     # Not prepared: Accelerate would step it once for each process, and here one step is one step of all.
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(1, warmup_steps)))
     trainable = _trainable(inner)
-    adding: list[Any] = [m for m in inner.modules() if hasattr(m, "extra_loss")]
-    watching: list[Any] = [m for m in inner.modules() if hasattr(m, "after_backward")]
+    hooks = Hooks(inner)
     order = _batches(len(data), batch_size, seed)
     history, best = History(eval_loss={name: [] for name in sets}), Best(patience)
     silent = os.environ.get("LORA_EDU_PROGRESS") == "0" or not accelerator.is_main_process
@@ -134,13 +134,11 @@ def train(
             loss = outer(**_collate(inner, rows)).loss * factor
             history.steps.append(step)
             history.train_loss.append(accelerator.reduce(loss.detach(), "mean").item())
-            for module in adding:
-                loss = loss + module.extra_loss()
-            accelerator.backward(loss)
-            for module in watching:
-                module.after_backward(step)
+            accelerator.backward(hooks.add_to(loss))
+            hooks.after_backward(step)
             accelerator.clip_grad_norm_(trainable, max_grad_norm)
             wrapped.step()
+            hooks.after_step(step)
             schedule.step()
             wrapped.zero_grad()
             if step % eval_every == 0 or step == steps:

@@ -6,20 +6,21 @@ and memory does not grow, however many adapters pass through.
 
 from __future__ import annotations
 
-import math
+import dataclasses
 import os
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
-from lora_edu.core.adapter import adapter_layers, named_places
-from lora_edu.core.config import LoraConfig
-from lora_edu.core.inject import Plan
-from lora_edu.core.layer import LoRALinear
-from lora_edu.core.parts import PlannedCopy, TrainedCopy, adapter_state
-from lora_edu.core.peft_io import check_tensors, expected_tensors, read_config, read_tensors
+from lora_edu.core.adapter import AdapterLayer, adapter_layers
+from lora_edu.core.config import AdapterConfig
+from lora_edu.core.methods import method_of
+from lora_edu.core.peft_io import check_tensors, fill, read_config, read_tensors, tensors_of
+from lora_edu.core.refusals import check_unsharded
+from lora_edu.core.state import adapter_state, injected_model
+from lora_edu.core.vocabulary import check_rows, grown_embeddings
 
 
 def hotswap_adapter(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "default") -> None:
@@ -35,35 +36,58 @@ def hotswap_adapter(model: nn.Module, directory: str | os.PathLike, adapter_name
     Raises:
         KeyError: if the model has no adapter of that name.
         FileNotFoundError: the directory or one of its files is missing.
-        ValueError: the adapter is merged; the file is damaged, or its layers, ranks or method are other ones.
+        ValueError: the adapter is merged; the file is damaged, or its layers, ranks, method or (unless the method's
+            layers can take them over) settings are other ones.
 
     Source: PEFT's ``hotswap_adapter``, which fills what a file lacks with zeros; here that is an error.
     """
+    model = injected_model(model)
+    check_unsharded(model)
     state = adapter_state(model)
-    if adapter_name not in state.configs:
-        raise KeyError(f"no adapter named {adapter_name!r}; this model has: {', '.join(state.configs)}")
-    layers: dict[str, Any] = dict(adapter_layers(model, adapter_name))
+    state.check_name(adapter_name)
+    layers, parts = adapter_layers(model, adapter_name), state.parts.get(adapter_name, [])
     if any(layer.merged for layer in layers.values()):
         raise ValueError(f"adapter {adapter_name!r} is merged: call unmerge(model) before its values are replaced")
-    if state.configs[adapter_name] is None:
+    old = state.configs[adapter_name]
+    if old is None:
         raise ValueError(f"adapter {adapter_name!r} was put in by hand, without a config; use inject(model, config)")
     folder = Path(directory)
     config, tensors = read_config(folder), read_tensors(folder)
-    plain = type(config) is LoraConfig and not config.use_dora and config.init_lora_weights is True
-    if not plain or not all(isinstance(layer, LoRALinear) for layer in layers.values()):
-        raise ValueError(f"{folder}: only plain LoRA is swapped in place; use load_adapter with a new adapter_name")
-    copies = [
-        PlannedCopy(name, parent, attribute, module, module.copies[adapter_name])
-        for name, parent, attribute, module in named_places(model)
-        if isinstance(module, TrainedCopy) and adapter_name in module.copies
-    ]
-    plan = Plan(adapter_name, state.configs[adapter_name], layers, [], copies, state.biases.get(adapter_name, []))
-    expected = expected_tensors(plan)
-    check_tensors(tensors, expected, plan, model, folder)
+    if type(config) is not type(old) or method_of(config) is not method_of(old):
+        raise ValueError(
+            f"{folder} is an adapter of method {method_of(config).name}, and the one to be replaced is of "
+            f"{method_of(old).name}; use load_adapter with a new adapter_name"
+        )
+    if other := next((layer for layer in layers.values() if not layer.additive), None):
+        raise ValueError(
+            f"{folder}: a {type(other).__name__} depends on more than its tensors, so it is not swapped in place; use "
+            "load_adapter with a new adapter_name"
+        )
+    check_taken_over(old, config, layers.values(), folder)
+    shared = old.shared_to_file(state.contexts[adapter_name])
+    check_rows(tensors, model)
+    unknown = tensors.keys() - (tensors_of(layers, parts) | shared).keys()
+    parts = [*parts, *grown_embeddings({key: tensors[key] for key in unknown}, model)]
+    check_tensors(tensors, old, layers, parts, shared, model, folder)
+    fill(layers, parts, tensors)
     with torch.no_grad():
-        for key, parameter in expected.items():
-            parameter.copy_(tensors[key])
+        for key, tensor in shared.items():
+            tensor.copy_(tensors[key])
+    state.parts[adapter_name], config.layers = parts, layers
+    state.use_parts(state.active)
     for name, layer in layers.items():
-        layer.lora_alpha, layer.use_rslora = config.alpha_of(name), config.use_rslora
-        layer.scaling = layer.lora_alpha / (math.sqrt(layer.r) if config.use_rslora else layer.r)
+        layer.reconfigure(config, name)
     state.configs[adapter_name] = config
+
+
+def check_taken_over(old: AdapterConfig, new: AdapterConfig, layers: Iterable[AdapterLayer], folder: Path) -> None:
+    """Raise if a setting of the method differs, and a layer does not say how to take it over once it is built."""
+    common = {each.name for each in dataclasses.fields(AdapterConfig)}
+    said = {name: value for name, value in old.to_file().items() if name not in common}
+    changed = {name: getattr(new, name) for name, value in said.items() if getattr(new, name) != value}
+    fixed = next((layer for layer in layers if type(layer).reconfigure is AdapterLayer.reconfigure), None)
+    if changed and fixed is not None:
+        raise ValueError(
+            f"{folder} has other settings than the adapter to be replaced ({changed}), and a {type(fixed).__name__} "
+            "keeps those that it was built with: use load_adapter with a new adapter_name"
+        )

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_edu.core.adapter import adapter_layers, adapters_around, named_places
-from lora_edu.core.layer import LoRAEmbedding, LoRALinear
+from lora_edu.core.adapter import AdapterLayer, adapter_layers, adapters_around
+from lora_edu.core.matching import named_places
 from lora_edu.core.merging import disable_adapter
-from lora_edu.core.parts import TrainedCopy, adapter_state
+from lora_edu.core.parts import TrainedCopy
+from lora_edu.core.state import adapter_state, injected_model
 
 BASE = "__base__"  # PEFT's name for "no adapter" in a mixed batch
 WAYS = ("grouped", "gathered")
@@ -50,6 +51,7 @@ def adapter_names(model: nn.Module, names: Sequence[str], way: str = "grouped") 
     Source: PEFT's argument ``adapter_names``. Built in lesson 09.
     """
     names = list(names)
+    model = injected_model(model)
     check_names(model, names, way)
     with disable_adapter(model):
         handles = []
@@ -67,7 +69,7 @@ def adapter_names(model: nn.Module, names: Sequence[str], way: str = "grouped") 
                 handle.remove()
 
 
-def check_names(model: nn.Module, names: list[str], way: str) -> None:
+def check_names(model: nn.Module, names: list[str], way: str = "grouped") -> None:
     """Raise unless this model can answer a batch with these adapters."""
     state = adapter_state(model)
     if way not in WAYS:
@@ -77,11 +79,18 @@ def check_names(model: nn.Module, names: list[str], way: str) -> None:
     for name in names:
         if name != BASE and name not in state.configs:
             raise KeyError(f"no adapter named {name!r}; this model has: {', '.join([BASE, *state.configs])}")
-        if name in state.biases:
+        if same := next((part for part in state.parts.get(name, []) if not part.by_row), None):
             raise ValueError(
-                f"adapter {name!r} trains biases, and a layer adds one bias to all rows: use set_adapter({name!r}), "
-                "or train it with bias='none'"
+                f"adapter {name!r} brings a {type(same).__name__} ({same.place}), which is the same for all rows of a "
+                f"batch: use set_adapter({name!r}), and answer its rows in a batch of their own"
             )
+    for place, layer in adapter_layers(model).items():
+        for each in adapters_around(layer):
+            if each.adapter_name in names and not each.additive:
+                raise ValueError(
+                    f"adapter {each.adapter_name!r} is a {type(each).__name__} at {place!r}, whose effect is no update "
+                    "that could be added row by row: answer its rows in a batch of their own, with set_adapter"
+                )
     if model.training:
         raise ValueError("the model is in training mode, where a batch belongs to one adapter: call model.eval()")
 
@@ -98,7 +107,7 @@ def rows_of(names: Sequence[str]) -> dict[str, Tensor]:
     return {name: torch.tensor(found) for name, found in rows.items() if name != BASE}
 
 
-def grouped_update(x: Tensor, layers: Mapping[str, LoRALinear], names: Sequence[str], like: Tensor) -> Tensor:
+def grouped_update(x: Tensor, layers: Mapping[str, AdapterLayer], names: Sequence[str], like: Tensor) -> Tensor:
     """What the adapters add to the output of one layer: a pair of small products for each adapter that occurs.
 
     Args:
@@ -107,7 +116,7 @@ def grouped_update(x: Tensor, layers: Mapping[str, LoRALinear], names: Sequence[
         names: one per row.
         like: the base's output (rows, ..., out), for shape and device.
     """
-    dtype = torch.promote_types(like.dtype, next(iter(layers.values())).lora_A.dtype)
+    dtype = torch.promote_types(like.dtype, next(iter(layers.values())).adapter_dtype)
     update = torch.zeros_like(like, dtype=dtype)
     for name, rows in rows_of(names).items():
         if name in layers:
@@ -116,20 +125,21 @@ def grouped_update(x: Tensor, layers: Mapping[str, LoRALinear], names: Sequence[
     return update
 
 
-def stack_factors(layers: Mapping[str, LoRALinear]) -> tuple[Tensor, Tensor]:
+def stack_factors(layers: Mapping[str, AdapterLayer]) -> tuple[Tensor, Tensor]:
     """The factors of n adapters as two tensors: A (n + 1, r, in) and s·B (n + 1, out, r); the last pair is zero.
 
     Smaller ranks are filled up with zeros to the largest, r: they are stored and multiplied for nothing.
     """
-    each = list(layers.values())
-    r = max(layer.r for layer in each)
-    first = each[0]
-    a = first.lora_A.new_zeros(len(each) + 1, r, first.in_features)
-    b = first.lora_B.new_zeros(len(each) + 1, first.out_features, r)
+    each: list[Any] = list(layers.values())
+    factors = [layer.factors() for layer in each]
+    r = max(len(A) for A, _, _, _ in factors)
+    first_A, first_B = factors[0][:2]
+    a = first_A.new_zeros(len(factors) + 1, r, first_A.shape[1])
+    b = first_B.new_zeros(len(factors) + 1, len(first_B), r)
     with torch.no_grad():
-        for i, layer in enumerate(each):
-            a[i, : layer.r] = layer.lora_A
-            b[i, :, : layer.r] = layer.scaling * layer.lora_B
+        for i, (A, B, scaling, _) in enumerate(factors):
+            a[i, : len(A)] = A
+            b[i, :, : len(A)] = scaling * B
     return a, b
 
 
@@ -148,15 +158,9 @@ def gathered_update(x: Tensor, a: Tensor, b: Tensor, ids: Tensor) -> Tensor:
 def layer_hook(place: str, layers: Mapping[str, Any], names: list[str], way: str) -> Hook:
     """A hook on an adapted layer, all adapters switched off: adds each row's update to the base's output.
 
-    An embedding is looked up, not multiplied, so its updates are always grouped.
+    Only layers with factors can be gathered: an embedding is looked up, not multiplied, so its updates are grouped.
     """
-    for layer in layers.values():
-        if not isinstance(layer, LoRALinear):
-            raise ValueError(
-                f"adapter {layer.adapter_name!r} is a {type(layer).__name__} at {place!r}, whose effect is no update "
-                "that could be added row by row: answer its rows in a batch of their own, with set_adapter"
-            )
-    gathered = way == "gathered" and not any(isinstance(layer, LoRAEmbedding) for layer in layers.values())
+    gathered = way == "gathered" and all(callable(getattr(layer, "factors", None)) for layer in layers.values())
     if gathered:
         a, b = stack_factors(layers)
         number = {name: i for i, name in enumerate(layers)}

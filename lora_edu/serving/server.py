@@ -27,12 +27,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lora_edu.core.inject import list_adapters
 from lora_edu.core.peft_io import load_adapter
+from lora_edu.core.state import list_adapters
 from lora_edu.lab.bases import load_base
 from lora_edu.lab.datasets import prompt_ids
 from lora_edu.lab.training import generate
-from lora_edu.serving.mixed import BASE, adapter_names
+from lora_edu.serving.mixed import BASE, adapter_names, check_names
 
 
 @dataclass
@@ -72,11 +72,13 @@ class Engine:
 
         Raises:
             KeyError: there is no adapter of that name; the message names the known ones.
-            ValueError: the prompt is empty, or leaves no room for an answer.
+            ValueError: the prompt is empty, leaves no room for an answer, or the adapter cannot answer row by row.
             RuntimeError: the engine was stopped.
         """
         if adapter not in self.adapters:
             raise KeyError(f"no adapter named {adapter!r}; this server has: {', '.join(self.adapters)}")
+        if adapter != BASE:
+            check_names(self.model, [adapter])  # or one request would fail its whole batch
         if not prompt.strip():
             raise ValueError("the prompt is empty; send some text, for example 'politician (noun):'")
         room = getattr(self.model.config, "max_position_embeddings", None)

@@ -16,7 +16,8 @@ from transformers import (
 
 from lora_edu import LoraConfig, inject
 from lora_edu.core.adapter import adapter_layers
-from lora_edu.core.parts import adapter_state
+from lora_edu.core.parts import TrainedBias
+from lora_edu.core.state import adapter_state
 
 TARGETS = {
     "llama": ["q_proj", "v_proj", "down_proj"],
@@ -100,7 +101,7 @@ def their_parameters(ours, theirs):
             a, b = lora.lora_A["default"].weight, lora.lora_B["default"].weight
         pairs[f"{name}.lora_A"] = layer.lora_A, a
         pairs[f"{name}.lora_B"] = layer.lora_B, b
-    for bias in adapter_state(ours).biases.get("default", []):
+    for bias in (part for part in adapter_state(ours).parts["default"] if isinstance(part, TrainedBias)):
         module = modules[bias.names[0]]
         pairs[f"{bias.names[0]}.bias"] = bias.trained, getattr(module, "base_layer", module).bias
     return pairs

@@ -1,5 +1,6 @@
 """Corners at which two libraries may part: each was once a difference, found by comparing with PEFT."""
 
+import contextlib
 import warnings
 
 import peft
@@ -77,14 +78,15 @@ def test_biases_and_a_saved_head(tmp_path):
 @pytest.mark.errors
 @pytest.mark.parametrize("part", ["original_module", "modules_to_save"])
 def test_what_a_file_repeats_must_be_the_same(part, tmp_path):
-    """PEFT writes the head's pretrained and trained bias once more; another value means another base or a bad file."""
+    """PEFT writes the head's trained bias once more, and its pretrained one, which the trained copy replaces anyway."""
     theirs = with_peft(tiny_model("bert"), target_modules=["query"], modules_to_save=["classifier"], bias="all")
     theirs.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     (key,) = [key for key in tensors if f"classifier.{part}." in key and key.endswith("bias")]
     tensors[key] = tensors[key] + 1
     save_file(tensors, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(ValueError, match="have no place in this model"):
+    refused = pytest.raises(ValueError, match="have no place in this model")
+    with refused if part == "modules_to_save" else contextlib.nullcontext():
         load_adapter(tiny_model("bert"), tmp_path)
 
 
@@ -194,7 +196,7 @@ def _two_of_bert(tmp_path):
 def test_two_trained_heads_cannot_be_active_at_once(tmp_path):
     model = _two_of_bert(tmp_path)
     before = logits(model, "bert")
-    with pytest.raises(ValueError, match="trained copy in each of"):
+    with pytest.raises(ValueError, match=r"classifier.* is trained by each of \['a', 'b'\]"):
         set_adapter(model, ["a", "b"])
     assert torch.equal(logits(model, "bert"), before)
 

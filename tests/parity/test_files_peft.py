@@ -1,11 +1,12 @@
 """Adapters cross between lora_edu and PEFT in both directions, with every option that changes numbers or keys."""
 
 import json
+import re
 
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from shapes import TARGETS, batch_for, moved, pair, relative_error, tiny_model
 
 from lora_edu import LoraConfig, inject, load_adapter, save_adapter
@@ -112,3 +113,21 @@ def test_a_half_precision_file_loads_into_float32(tmp_path):
     again = peft.PeftModel.from_pretrained(tiny_model("llama", torch.float32), tmp_path)
     assert relative_error(logits(model, "llama"), logits(again, "llama")) <= 1e-5
     assert any(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["plain", "bias all", "head trained", "embedding"])
+def test_keys_with_the_default_adapters_name_in_them_are_read_by_both(name, tmp_path):
+    """Older versions and other tools write ``lora_A.default.weight``."""
+    _, theirs = pair("llama", torch.float32, **CASES[name])
+    moved(theirs)
+    theirs.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    renamed = {re.sub(r"(\.lora_(embedding_)?[AB])\b", r"\1.default", key): tensor for key, tensor in tensors.items()}
+    assert renamed.keys() != tensors.keys()
+    save_file(renamed, path)
+    ours = tiny_model("llama", torch.float32)
+    load_adapter(ours, tmp_path)
+    assert relative_error(logits(ours, "llama"), logits(theirs, "llama")) <= 1e-5
+    again = peft.PeftModel.from_pretrained(tiny_model("llama", torch.float32), tmp_path)
+    assert relative_error(logits(again, "llama"), logits(theirs, "llama")) <= 1e-5

@@ -232,7 +232,8 @@ def test_the_probe_measures_a_time():
 
 def test_the_parts_are_one_pytest_with_strict_comparison_where_outputs_repeat(monkeypatch):
     monkeypatch.setattr(testing, "same_platform", lambda: True)
-    assert testing.pytest_command(["unit", "parity"]) == ["pytest", "--durations=10", "tests/unit", "tests/parity"]
+    unit, parity = ["tests/unit", "tests/methods"], ["tests/parity"]
+    assert testing.pytest_command(["unit", "parity"]) == ["pytest", "--durations=10", *unit, *parity]
     assert testing.pytest_command(["lessons"])[2:4] == ["--nbval", "lessons/00_start_here.ipynb"]
     monkeypatch.setattr(testing, "same_platform", lambda: False)
     assert testing.pytest_command(["solutions"])[2] == "--nbval-lax"

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from transformers import GPT2Config, LlamaConfig
 
+from lora_edu import LoraConfig, inject
+from lora_edu.core.matching import near_names
 from lora_edu.counting import (
     adapter_bytes,
     break_even_rank,
@@ -19,6 +21,7 @@ from lora_edu.counting import (
     lora_parameters,
     lora_report,
 )
+from lora_edu.counting.memory import training_memory
 from lora_edu.counting.meta import meta_model, shipped_configs
 
 QV = ["q_proj", "v_proj"]
@@ -230,8 +233,51 @@ def test_bad_rank(r: object) -> None:
 
 @pytest.mark.errors
 def test_unknown_target_lists_near_names() -> None:
-    with pytest.raises(ValueError, match=r"\['q_prj'\] matches no layer of LlamaForCausalLM.*'q_proj'"):
+    with pytest.raises(ValueError, match=r"\['q_prj'\]: no module of the LlamaForCausalLM has such a name.*'q_proj'"):
         lora_parameters("llama-7b", 8, ["q_prj"])
+
+
+@pytest.mark.errors
+def test_near_names_are_no_numbers_in_a_list() -> None:
+    """Of ``w1`` the names closest by letters are the blocks' numbers: 1, 2, 3."""
+    with pytest.raises(ValueError, match=r"has such a name; near names: \['q_proj', 'k_proj'"):
+        lora_parameters("llama-7b", 8, ["w1"])
+    modules = dict(meta_model("smollm2-135m").named_modules())
+    assert near_names(["q_porj", "1"], modules)[0] == "q_proj"
+    assert not any(name.isdigit() for name in near_names(["w1", "11"], modules))
+
+
+def test_a_target_that_fits_nothing_is_warned_about_in_the_words_of_inject() -> None:
+    targets, said = ["q_proj", "v_porj", "w1"], []
+    for call in (
+        lambda: inject(meta_model("smollm2-135m"), LoraConfig(target_modules=targets)),
+        lambda: lora_report("smollm2-135m", 8, targets),
+        lambda: lora_parameters("smollm2-135m", 8, targets),
+        lambda: training_memory("smollm2-135m", target_modules=targets),
+    ):
+        with pytest.warns(UserWarning, match="fits no module") as caught:
+            call()
+        said.append([str(each.message) for each in caught])
+        assert {each.filename for each in caught} == {__file__}  # the line that asked, not one of the package
+    assert all(lines == said[0] for lines in said)
+    assert [line.split(";")[0] for line in said[0]] == [
+        "target_modules: 'v_porj' fits no module",
+        "target_modules: 'w1' fits no module",
+    ]
+
+
+def test_an_adapted_model_is_counted_by_its_innermost_layers() -> None:
+    plain = lora_report("smollm2-135m", 8, "all-linear")
+    model = meta_model("smollm2-135m")
+    inject(model, LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"], modules_to_save=["lm_head"]))
+    assert lora_parameters(model, 8, ["q_proj"]) == lora_parameters("smollm2-135m", 8, ["q_proj"])
+    assert lora_report(model, 8, "all-linear") == plain
+    inject(model, LoraConfig(r=2, target_modules="all-linear"), adapter_name="second")
+    assert lora_report(model, 8, "all-linear") == plain
+    whole = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
+    nn.Module.__init__(whole)
+    whole.module = model
+    assert lora_report(whole, 8, "all-linear") == plain
 
 
 @pytest.mark.errors

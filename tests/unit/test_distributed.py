@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import distributed_runs
@@ -192,6 +193,19 @@ def test_each_process_draws_its_own_dropout(folders):
     (_, zeros), (_, others) = (read(folders["ddp"], "dropout", index)[1] for index in (0, 1))
     assert zeros == read(folders["one"], "dropout", 0)[1][1]  # the main process draws what one process would
     assert zeros != others
+
+
+# Shards of an injected model, looked after by hand
+
+
+def test_a_sharded_model(tmp_path):
+    """In a process of its own, which is a group of one."""
+    script = Path(__file__).with_name("sharded_model.py")
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(script), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=TIMEOUT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["listed", "switched", "disabled", "mixed", "called", "saved", "refused"]
 
 
 # A sweep

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import shutil
 
 import pytest
@@ -98,8 +99,11 @@ def test_settings_that_make_no_sense(options, error, message):
             {"target_modules": ["q_proj"], "modules_to_save": ["haed"]},
             r"no module has such a name; near names: \['head'",
         ),
-        ({"target_modules": ["q_proj"], "init_lora_weights": "sunshine"}, "no method of lora_edu serves"),
-        ({"target_modules": ["q_proj"], "use_dora": True}, "no method of lora_edu serves"),
+        (
+            {"target_modules": ["q_proj"], "init_lora_weights": "sunshine"},
+            "init_lora_weights='sunshine': no method here serves it",
+        ),
+        ({"target_modules": ["q_proj"], "use_dora": True}, "use_dora=True: no method here serves it; known are LoRA"),
     ],
     ids=str,
 )
@@ -288,7 +292,7 @@ BAD_FILES = {
     "copied layers": (lambda f: change_config(f, layer_replication=[[0, 1]]), ValueError, "layer_replication"),
     "trained tokens": (lambda f: change_config(f, trainable_token_indices=[1]), ValueError, "trainable_token_indices"),
     "a field from the future": (lambda f: change_config(f, use_telepathy=True), ValueError, "use_telepathy"),
-    "DoRA": (lambda f: change_config(f, use_dora=True), ValueError, "no method of lora_edu serves"),
+    "DoRA": (lambda f: change_config(f, use_dora=True), ValueError, "use_dora=True: no method here serves it"),
     "an unconverted PiSSA": (lambda f: change_config(f, init_lora_weights="pissa"), ValueError, "no method"),
 }
 
@@ -299,6 +303,29 @@ def test_files_that_do_not_fit(case, saved, model, unchanged):
     damage(saved)
     with pytest.raises(error, match=message):
         load_adapter(model, saved)
+
+
+def test_a_dora_file_is_refused_by_the_one_field_that_matters(saved, model):
+    change_config(saved, use_dora=True)
+    with pytest.raises(ValueError, match="use_dora=True") as refused:
+        load_adapter(model, saved)
+    fields = json.loads((saved / CONFIG_FILE).read_text())
+    assert [name for name in fields if re.search(rf"\b{name}\b", str(refused.value))] == ["use_dora"]
+
+
+def test_a_module_may_be_called_like_pefts_default_adapter(tmp_path):
+    def fresh():
+        torch.manual_seed(0)
+        return nn.ModuleDict({"default": nn.ModuleDict({"proj": nn.Linear(3, 4)}), "other": nn.Linear(4, 2)})
+
+    model = fresh()
+    inject(model, LoraConfig(r=2, target_modules=["proj", "other"], bias="all"))
+    save_adapter(model, tmp_path)
+    load_adapter(fresh(), tmp_path)
+    change_tensors(
+        tmp_path, lambda t: t.update({key.replace("lora_A", "lora_A.default"): t.pop(key) for key in list(t)})
+    )
+    load_adapter(fresh(), tmp_path)
 
 
 def test_an_undamaged_file_loads(saved, model):

@@ -7,15 +7,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
+from transformers import T5Config, T5ForConditionalGeneration
 from transformers.pytorch_utils import Conv1D
 
 from lora_edu import LoraConfig, LoRALinear, disable_adapter, inject, merge, merge_and_unload, set_adapter, unmerge
 from lora_edu.core.adapter import adapter_layers
+from lora_edu.core.layer import LoRAConv1D
 from lora_edu.counting.flops import step_flops
 from lora_edu.counting.measure import saved_bytes
 from lora_edu.counting.meta import load_config, meta_model
 from lora_edu.fast.function import _kept_share, _random_mask, lora_linear, lora_linears
-from lora_edu.fast.layers import FastLoRAConv1D, FastLoRALinear
+from lora_edu.fast.layers import fuse
 
 S = 1.7
 SHAPES = [(7, 12), (2, 5, 12), (12,), (0, 12), (2, 1, 3, 12)]
@@ -225,12 +227,12 @@ def test_dropout_is_right_on_average(p):
 
 
 def test_no_dropout_in_eval_mode_and_all_dropped_at_one():
-    layer = FastLoRALinear(nn.Linear(12, 20), r=3, lora_dropout=0.5, init_lora_weights=False)
+    layer = fused_linear(nn.Linear(12, 20), r=3, lora_dropout=0.5, init_lora_weights=False)
     x = torch.randn(4, 12)
     assert not torch.allclose(layer(x), layer(x))
     layer.eval()
     assert torch.allclose(layer(x), LoRALinear.forward(layer, x), atol=1e-6)
-    gone = FastLoRALinear(nn.Linear(12, 20), r=3, lora_dropout=1.0, init_lora_weights=False)
+    gone = fused_linear(nn.Linear(12, 20), r=3, lora_dropout=1.0, init_lora_weights=False)
     assert torch.allclose(gone(x), gone.base(x))
 
 
@@ -286,6 +288,12 @@ def blocks(fast, r=3, **options):
     return model
 
 
+def fused_linear(base, **options):
+    layer = LoRALinear(base, **options)
+    assert fuse(layer)
+    return layer
+
+
 IDS = torch.tensor([[1, 2, 3], [4, 5, 6]])
 
 
@@ -298,10 +306,6 @@ def assert_same_step(fast, plain_model):
         assert (one.grad is None) == (other.grad is None), name
         if one.grad is not None:
             assert torch.allclose(one.grad, other.grad, rtol=1e-9, atol=1e-12), name
-
-
-def siblings(model):
-    return [layer.siblings for layer in adapter_layers(model).values() if getattr(layer, "siblings", None)]
 
 
 def test_fast_injection_takes_the_fast_form_where_there_is_one():
@@ -317,8 +321,6 @@ def test_fast_injection_takes_the_fast_form_where_there_is_one():
 def test_a_model_steps_as_the_plain_one_does(bias):
     fast, plain_model = blocks(True, bias=bias), blocks(False, bias=bias)
     assert_same_step(fast, plain_model)
-    assert len({id(group) for group in siblings(fast)}) == 2
-    assert all(group.pending is None and not group.uncollected for group in siblings(fast))
     for model in (fast, plain_model):
         with torch.no_grad():
             for parameter in model.parameters():
@@ -358,37 +360,9 @@ def test_hooks_and_forwards_of_the_base_are_kept():
 
     x = torch.randn(4, 8)
     for base in (Doubled(8, 16), nn.Linear(8, 16)):
-        layer = FastLoRALinear(base, r=3, init_lora_weights=False)
+        layer = fused_linear(base, r=3, init_lora_weights=False)
         base.register_forward_hook(lambda module, inputs, output: output + 1)
         assert torch.equal(layer(x), LoRALinear.forward(layer, x))
-
-
-@pytest.mark.parametrize("write", ["x", "adapter", "grad mode"])
-def test_a_sibling_never_hands_out_what_is_no_longer_true(write):
-    block = blocks(True)[1]
-    x = torch.randn(4, 8, dtype=torch.float64)
-    block.gate_proj(x)
-    assert list(block.up_proj.siblings.pending.outputs) == [block.up_proj]
-    with torch.no_grad():
-        if write == "x":
-            x += 1
-        elif write == "adapter":
-            block.up_proj.lora_B += 1
-    with torch.set_grad_enabled(write != "grad mode"):
-        y = block.up_proj(x)
-    assert torch.allclose(y, LoRALinear.forward(block.up_proj, x), atol=1e-5)
-    assert y.requires_grad == (write != "grad mode")
-
-
-def test_siblings_that_read_different_inputs_part():
-    block = blocks(True)[1]
-    group = block.up_proj.siblings
-    for _ in range(4):
-        x, z = torch.randn(2, 4, 8, dtype=torch.float64)
-        assert torch.allclose(block.gate_proj(x), LoRALinear.forward(block.gate_proj, x), atol=1e-5)
-        assert torch.allclose(block.up_proj(z), LoRALinear.forward(block.up_proj, z), atol=1e-5)
-    assert group.uncollected >= 3
-    assert group.pending is None
 
 
 def test_a_frozen_or_switched_off_sibling_is_left_out():
@@ -397,13 +371,6 @@ def test_a_frozen_or_switched_off_sibling_is_left_out():
         model[1].up_proj.active = False
         model[2].gate_proj.lora_A.requires_grad_(False)
     assert_same_step(fast, plain_model)
-
-
-def test_a_copy_has_siblings_of_its_own():
-    model = blocks(True)
-    other = copy.deepcopy(model)
-    assert other[1].up_proj.siblings.members == [other[1].gate_proj, other[1].up_proj]
-    assert_same_step(other, blocks(False))
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -440,9 +407,31 @@ def test_compiled_blocks_step_as_plain_ones():
     assert_same_step(fast, blocks(False))
 
 
+def test_a_model_is_copied_after_a_forward_that_was_left_unfinished():
+    """A layer holds nothing of a forward pass: its siblings may never be called, and no backward may come."""
+    model = blocks(True)
+    half = model[1].gate_proj(torch.ones(2, 8, dtype=torch.float64))
+    twin = copy.deepcopy(model)
+    assert half.requires_grad
+    assert torch.equal(twin(IDS), model(IDS))
+    twin(IDS).sum().backward()
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_an_encoder_decoder_is_copied_after_a_forward():
+    """T5's decoder hands the encoder's output to k and v of every block."""
+    torch.manual_seed(0)
+    config = T5Config(d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=4, vocab_size=20, decoder_start_token_id=0)
+    model = T5ForConditionalGeneration(config).eval()
+    inject(model, LoraConfig(r=2, target_modules=["q", "k", "v"], init_lora_weights=False), fast=True)
+    logits = model(input_ids=IDS, labels=IDS).logits
+    assert torch.equal(copy.deepcopy(model)(input_ids=IDS, labels=IDS).logits, logits)
+
+
 def test_conv1d_alone():
     base = Conv1D(20, 12)
-    layer = FastLoRAConv1D(base, r=3, init_lora_weights=False)
+    layer = LoRAConv1D(base, r=3, init_lora_weights=False)
+    assert fuse(layer)
     x = torch.randn(2, 5, 12)
     y, (g,) = grads(layer, x)
     reference, (expected,) = grads(lambda x: LoRALinear.forward(layer, x), x)

@@ -22,6 +22,7 @@ from lora_edu import (
     unmerge,
 )
 from lora_edu.core.adapter import AdapterLayer, adapter_layers
+from lora_edu.core.matching import named_places
 
 IDS = torch.tensor([[1, 5, 7, 2], [3, 3, 9, 8]])
 
@@ -351,6 +352,42 @@ def test_no_name_shows_the_wrappers():
         inject(model, LoraConfig(r=2, target_modules=["q_proj"]), name)
     assert all(".base" not in name for name in adapter_layers(model))
     assert all(isinstance(layer, AdapterLayer) for layer in adapter_layers(model).values())
+
+
+class Cyclic(nn.Module):
+    """A module that holds its owner, as agents and trainers do."""
+
+    def __init__(self):
+        super().__init__()
+        self.proj = nn.Linear(4, 4)
+        self.helper = nn.Module()
+        self.helper.proj = nn.Linear(4, 4)
+        self.helper.owner = self
+
+    def forward(self, x):
+        return self.helper.proj(self.proj(x))
+
+
+def test_modules_that_hold_each_other(tmp_path):
+    torch.manual_seed(0)
+    model, x = Cyclic(), torch.randn(3, 4)
+    assert [name for name, _, _, _ in named_places(model)] == ["proj", "helper", "helper.proj", "helper.owner"]
+    report = inject(model, LoraConfig(r=2, target_modules=["proj"], init_lora_weights=False))
+    assert report.replaced == ["proj", "helper.proj"]
+    adapted = model(x)
+    save_adapter(model, tmp_path)
+    torch.manual_seed(0)
+    load_adapter(again := Cyclic(), tmp_path)
+    assert torch.equal(again(x), adapted)
+    merge(model)
+    assert torch.allclose(model(x), adapted, atol=1e-6)
+    assert type(merge_and_unload(model).helper.proj) is nn.Linear
+
+
+def test_a_module_that_holds_itself_at_once():
+    model = nn.Sequential(nn.Linear(4, 4))
+    model.me = model
+    assert inject(model, LoraConfig(r=2, target_modules=["0"])).replaced == ["0"]
 
 
 def test_layers_wrapped_by_hand_merge_and_switch_off_too(tmp_path):

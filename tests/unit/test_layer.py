@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 
 import pytest
 import torch
@@ -191,6 +192,21 @@ def test_two_adapters_nest_and_add():
     assert torch.allclose(base.weight, pretrained + second.delta_weight(), rtol=1e-12)
     second.unmerge()
     assert torch.equal(base.weight, pretrained)
+
+
+def test_asking_a_merged_layer_for_its_weight_warns_of_nothing(built):
+    """In training mode a merged layer's forward warns; what a layer is can be asked at any time."""
+    base, layer, _ = built
+    expected = layer.effective_weight()
+    layer.merge()
+    layer.train()
+    before = base.weight.clone()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.allclose(layer.effective_weight(), expected, rtol=1e-12)
+        assert not layer.adds_to_output()
+    assert torch.equal(base.weight, before)
+    assert layer.merged
 
 
 def test_a_copied_layer_merges_on_its_own():

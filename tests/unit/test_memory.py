@@ -138,6 +138,43 @@ def check_activations(model, targets, wide, dtype):
     assert computed == pytest.approx(measured, rel=0.03)
 
 
+LAYER_1, BOTH = r".*layers\.1\.self_attn\.(q|v)_proj", r".*layers\.(0\.self_attn\.q|2\.mlp\.down)_proj"
+
+
+@pytest.mark.parametrize("targets", [LAYER_1, BOTH, ["embed_tokens"], ["lm_head"], "all-linear"])
+def test_activations_of_some_layers_agree_with_autograd(targets):
+    """Below the lowest adapted layer nothing is kept; above it, adapters where there are some."""
+    config = LlamaConfig(**SMALL, num_key_value_heads=2, vocab_size=1000)
+    model = LlamaForCausalLM(config).train()
+    ids = torch.zeros(2, 64, dtype=torch.long)
+    computed = training_memory(model, "lora", "fp32", r=8, target_modules=targets, batch=2, tokens=64).activations
+    inject(model, LoraConfig(r=8, target_modules=targets))
+    measured = saved_bytes(model, lambda: model(input_ids=ids, labels=ids, use_cache=False).loss)
+    assert computed - 8 * config.vocab_size * ids.numel() == pytest.approx(measured, rel=0.03)
+
+
+def test_a_regular_expression_for_one_layer_takes_less():
+    settings = {"r": 8, "batch": 4, "tokens": 512}
+    every = training_memory("llama-7b", target_modules=["q_proj"], **settings)
+    last = training_memory("llama-7b", target_modules=r".*layers\.31\.self_attn\.q_proj", **settings)
+    first = training_memory("llama-7b", target_modules=r".*layers\.0\.self_attn\.q_proj", **settings)
+    assert last.trainable == first.trainable == every.trainable / 32
+    copy = 4 * 4096 + 4 * 8  # the adapter's own input in float32, and A x
+    assert every.activations - first.activations == 4 * 512 * 31 * copy
+    block = sum(block_activations(load_config("llama-7b"), Training(False, {})).values())
+    assert first.activations - last.activations == 4 * 512 * 31 * block
+    bare = meta_model("llama-7b", head="base")  # its names begin with layers.
+    same = training_memory(bare, target_modules=r"layers\.31\.self_attn\.q_proj", **settings)
+    assert same.activations == last.activations
+
+
+def test_memory_of_an_adapted_model_is_that_of_the_model():
+    model = meta_model("smollm2-135m")
+    before = memory_table(model, target_modules="all-linear")
+    inject(model, LoraConfig(r=4, target_modules="all-linear"))
+    assert memory_table(model, target_modules="all-linear").rows == before.rows
+
+
 def test_a_frozen_layer_keeps_no_input_and_dropout_keeps_a_mask():
     config = load_config("llama-7b")
     plain = Training(False, {"q_proj": 8, "v_proj": 8}, adapter_bytes=2)

@@ -158,6 +158,29 @@ def test_a_caller_who_went_away_harms_nobody(engine, alone):
     assert all(future.result(60) == alone[PROMPTS[i % 12], "two"] for i, future in kept)
 
 
+@pytest.mark.errors
+def test_an_adapter_with_trained_biases_is_refused_alone():
+    """It cannot answer row by row. Others that wait for the same batch must not fail with it."""
+    model, tokenizer = load_base("tiny", dtype=torch.float64)
+    for layer in (block.mlp.down_proj for block in model.model.layers):
+        layer.bias = torch.nn.Parameter(torch.zeros(layer.out_features, dtype=torch.float64))
+    for name, bias in (("one", "none"), ("biased", "all")):
+        inject(model, LoraConfig(r=2, target_modules="all-linear", bias=bias, init_lora_weights=False), name)
+    engine = Engine(model, tokenizer, max_new_tokens=5)
+    answers = [engine.submit(prompt, "one") for prompt in PROMPTS[:4]]
+    with pytest.raises(ValueError, match="'biased'"):
+        engine.submit(PROMPTS[0], "biased")
+    answers += [engine.submit(prompt, "one") for prompt in PROMPTS[:4]]
+    texts = [answer.result(60) for answer in answers]
+    assert texts[:4] == texts[4:] == [engine.submit(prompt, "one").result(60) for prompt in PROMPTS[:4]]
+    with running(create_app(engine)) as address:
+        status, answer = ask(address, prompt=PROMPTS[0], adapter="biased")
+        assert status == 422
+        assert "'biased'" in json.dumps(answer)
+        assert ask(address, prompt=PROMPTS[0], adapter="one") == (200, {"adapter": "one", "text": texts[0]})
+    assert all("biased" not in batch for batch in engine.batches)
+
+
 def test_a_plain_model_is_served_too():
     model, tokenizer = load_base("tiny")
     engine = Engine(model, tokenizer, max_new_tokens=5)

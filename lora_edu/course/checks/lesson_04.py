@@ -309,7 +309,7 @@ def right_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {
         f"{PREFIX}{name}.{key}": tensor.detach().clone()
         for name, layer in lora_layers(model).items()
-        for key, tensor in layer.saved_tensors().items()
+        for key, tensor in layer.to_file().items()
     }
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_edu.core.adapter import AdapterLayer
 from lora_edu.core.config import LoraConfig
 from lora_edu.core.inject import inject
-from lora_edu.core.layer import LoRALinear
 from lora_edu.core.matching import layer_index
 from lora_edu.lab.bases import load_base
 from lora_edu.lab.datasets import encode, encode_topics, load_dataset
@@ -138,7 +138,7 @@ def _spectrum(settings: dict[str, Any]) -> tuple[dict[str, Any], list[Tensor]]:
     top = min(settings["r"], 4)
     for name, layer in _linears(model):
         W, weight = before[name], layer.weight
-        if isinstance(layer, LoRALinear):
+        if isinstance(layer, AdapterLayer):
             weight = layer.effective_weight()
         after = weight.detach().cpu()
         numbers.append(
@@ -149,8 +149,8 @@ def _spectrum(settings: dict[str, Any]) -> tuple[dict[str, Any], list[Tensor]]:
                 "intruders": intruder_dimensions(W, after),
             }
         )
-        if isinstance(layer, LoRALinear) and name.endswith("q_proj"):
-            factors.append(layer.lora_A.detach().cpu())
+        if callable(getattr(layer, "factors", None)) and name.endswith("q_proj"):
+            factors.append(layer.factors()[0].detach().cpu())
     report: dict[str, Any] = {
         key: round(sum(each[key] for each in numbers) / len(numbers), 4)
         for key in ("effective rank", "relative size", "amplification")
