@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_edu.core.matching import Wrapper, named_places
 from lora_edu.core.merge_state import MergeState, Pair, register_pair
+from lora_edu.core.refusals import check_readable
 
 
 class AdapterLayer(Wrapper):
@@ -255,16 +256,6 @@ def check_combination(layers: list[AdapterLayer]) -> None:
         raise ValueError(
             f"adapter {other.adapter_name!r} is a {type(other).__name__}, whose effect depends on the weight it finds: "
             f"it cannot be merged or in use beside another ({', '.join(names)}); use one of them at a time"
-        )
-
-
-def check_readable(pretrained: Any) -> None:
-    """Raise unless the layers here can compute with the pretrained weight."""
-    dtype = pretrained.weight.dtype
-    if not (dtype.is_floating_point or dtype.is_complex) or dtype.itemsize == 1:
-        raise TypeError(
-            f"the {type(pretrained).__name__} keeps its weight packed as {dtype}, and the layers "
-            "here read it as numbers: load the model unquantised, or adapt it with PEFT"
         )
 
 

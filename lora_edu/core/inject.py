@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
-from lora_edu.core.adapter import AdapterLayer, adapter_layers, innermost
+from lora_edu.core.adapter import AdapterLayer, innermost
 from lora_edu.core.config import AdapterConfig
 from lora_edu.core.experts import LeftOutWarning, experts_left_out
 from lora_edu.core.matching import (
@@ -24,17 +23,15 @@ from lora_edu.core.matching import (
 )
 from lora_edu.core.merging import disable_adapter
 from lora_edu.core.methods import InjectionContext, make_fast, method_of
-from lora_edu.core.parts import ModuleCopy, Part, TrainedBias, with_task_head
-from lora_edu.core.refusals import check_is_called, check_is_here, check_unsharded
+from lora_edu.core.parts import ModuleCopy, Part, with_task_head
+from lora_edu.core.refusals import check_is_called, check_is_here
 from lora_edu.core.state import (
     AdapterState,
     activate,
     adapter_state,
-    check_one,
-    check_whole,
     injected_models,
+    model_to_inject,
     trained_parameters,
-    unwrapped_model,
     warn_if_not_averaged,
 )
 
@@ -162,55 +159,6 @@ def plan_injection(model: nn.Module, config: Any, context: InjectionContext) -> 
         )
     config.layers = layers
     return Plan(config, context, layers, spots, parts)
-
-
-def model_to_inject(model: nn.Module, config: Any, adapter_name: str) -> nn.Module:
-    """The model that an adapter goes into: the one injected before, inside whatever is around it, or this one.
-
-    Raises:
-        ValueError, TypeError: if this adapter cannot be injected into this model, whatever its targets.
-    """
-    if not isinstance(config, AdapterConfig):
-        raise TypeError(f"config is a {type(config).__name__}; expected LoraConfig(...) from lora_edu")
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
-    if isinstance(model, AdapterLayer | nn.Linear | Conv1D | nn.Embedding):
-        wrapper = {"Conv1D": "LoRAConv1D", "Embedding": "LoRAEmbedding"}.get(
-            type(innermost(model)).__name__, "LoRALinear"
-        )
-        raise ValueError(
-            f"the model is a bare {type(model).__name__}, and a layer cannot replace itself in place; "
-            f"use layer = {wrapper}(layer), or put the layer into a model"
-        )
-    if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
-        raise ValueError(f"adapter_name={adapter_name!r}: expected a non-empty name without dots")
-    check_unsharded(model)
-    found = injected_models(model)
-    check_one(model, found)
-    model = next(iter(found.values()), unwrapped_model(model))
-    if "adapter_state" not in model.__dict__:
-        check_whole(model)
-        if adapter_layers(model, adapter_name):
-            raise ValueError(
-                f"layers of this model already have an adapter named {adapter_name!r}, put in by hand; "
-                "choose another adapter_name"
-            )
-        return model
-    state = adapter_state(model)
-    if adapter_name in state.configs:
-        raise ValueError(
-            f"the model already has an adapter named {adapter_name!r} (it has: {', '.join(state.configs)}); choose "
-            "another adapter_name"
-        )
-    if any(layer.merge_state.layers for layer in adapter_layers(model).values()):
-        raise ValueError(f"an adapter is merged: call unmerge(model) before adding adapter {adapter_name!r}")
-    training = [name for name, parts in state.parts.items() if any(isinstance(part, TrainedBias) for part in parts)]
-    if config.bias != "none" and training:
-        raise ValueError(
-            f"bias={config.bias!r}: adapter {training[0]!r} trains biases already, and one model can "
-            "hold one such adapter; use bias='none'"
-        )
-    return model
 
 
 def target_names(model: nn.Module, config: Any, modules: dict[str, nn.Module]) -> list[str]:

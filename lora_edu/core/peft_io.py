@@ -23,11 +23,11 @@ from transformers.pytorch_utils import Conv1D
 from lora_edu.core.adapter import AdapterLayer, adapter_layers
 from lora_edu.core.config import AdapterConfig
 from lora_edu.core.experts import means_more_in_peft, warn_of_losses
-from lora_edu.core.inject import aimed, carry_out, model_to_inject, plan_injection, trainability_kept_on_failure
+from lora_edu.core.inject import aimed, carry_out, plan_injection, trainability_kept_on_failure
 from lora_edu.core.matching import named_places
 from lora_edu.core.methods import InjectionContext, method_of, registered_methods
 from lora_edu.core.parts import PREFIX, TASK_HEADS, ModuleCopy, Part
-from lora_edu.core.state import adapter_state, injected_model, warn_if_not_averaged
+from lora_edu.core.state import adapter_state, injected_model, model_to_inject, warn_if_not_averaged
 from lora_edu.core.vocabulary import check_rows, grown_embeddings, grown_rows, own_weight
 from lora_edu.files import write_atomically
 

@@ -1,4 +1,4 @@
-"""Layers that cannot be adapted, found before anything is changed: those that nobody calls, those that are elsewhere.
+"""Layers that cannot be adapted, found before anything is changed: not called, not here, or not readable.
 
 An adapter works in its layer's ``forward``. Some modules read a layer's weight and never call the layer: the adapter
 would then have no effect and no gradient, until merging suddenly gave it one. Lesson 11 meets such a layer.
@@ -134,6 +134,16 @@ def asks_about(parent: ast.AST) -> bool:
     """Whether an expression only looks at what stands in it: ``x is None``, ``hasattr(x, …)``."""
     words = ("hasattr", "id", "isinstance", "len", "super", "type")
     return isinstance(parent, ast.Compare) or (isinstance(parent, ast.Call) and getattr(parent.func, "id", "") in words)
+
+
+def check_readable(pretrained: Any) -> None:
+    """Raise unless the layers here can compute with the pretrained weight."""
+    dtype = pretrained.weight.dtype
+    if not (dtype.is_floating_point or dtype.is_complex) or dtype.itemsize == 1:
+        raise TypeError(
+            f"the {type(pretrained).__name__} keeps its weight packed as {dtype}, and the layers "
+            "here read it as numbers: load the model unquantised, or adapt it with PEFT"
+        )
 
 
 def check_unsharded(model: nn.Module) -> None:

@@ -29,7 +29,7 @@ EXCEPTIONS = {
     "core.experts": {"LORA"},
     "core.peft_io": {"LORA"},
     # In a message: where a bare layer cannot be replaced in place, it points to the class that wraps it by hand.
-    "core.inject": {"LoRALinear"},
+    "core.state": {"LoRALinear"},
     # Embeddings and heads with added tokens: under which key PEFT looks for them depends on LoRA's.
     "core.vocabulary": {".lora_embedding_A", ".lora_A.weight"},
     # Names a kind of parameter for people, in PEFT's models too: shortens what it knows and leaves the rest.
