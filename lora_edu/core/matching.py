@@ -59,7 +59,6 @@ DEFAULT_TARGETS: dict[str, list[str]] = {
     "rwkv7": ["r_proj", "k_proj", "v_proj", "o_proj", "key", "value"],
 }
 CLASSIFIER_HEADS = ("score", "classifier")
-BIASES = ("none", "all", "lora_only")
 # Attributes below which torch.compile and checkpointing keep the module they wrap: they are no part of its name.
 TRANSPARENT = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
@@ -102,8 +101,9 @@ def check_regex(field_name: str, pattern: str) -> None:
 
 def check_targets(config: Any) -> None:
     """Bring the fields that every config has into their form, lists rather than sets; raise for what has no sense."""
-    if config.bias not in BIASES:
-        raise ValueError(f"bias={config.bias!r}: expected one of {', '.join(map(repr, BIASES))}")
+    biases = ("none", "all", f"{config.peft_type.lower()}_only")  # PEFT's third word is "vera_only" for VeRA
+    if config.bias not in biases:
+        raise ValueError(f"bias={config.bias!r}: expected one of {', '.join(map(repr, biases))}")
     targets = config.target_modules
     if targets is not None and not isinstance(targets, str):
         if not isinstance(targets, Iterable) or not all(isinstance(target, str) for target in targets):

@@ -148,7 +148,7 @@ class TrainedBias(Part):
     modules: list[Any]
     pretrained: nn.Parameter
     trained: nn.Parameter
-    in_file: list[str]  # the names that PEFT's file has of these: with "lora_only", those of adapted layers
+    in_file: list[str]  # the names that PEFT's file has of these: those of adapted layers, or all
     adapted: frozenset[str]  # PEFT calls the plain layer inside an adapted one ``base_layer``
 
     @property
@@ -206,7 +206,7 @@ def copies_to_train(model: nn.Module, wanted: Sequence[str] | None, adapter_name
 
 
 def biases_to_train(model: nn.Module, bias: str, replaced: Sequence[str], copies: Sequence[Part]) -> list[Part]:
-    """The biases that ``bias`` ("none", "all", "lora_only") lets train, a shared one once.
+    """The biases that ``bias`` lets train ("none", "all", "lora_only" for those of adapted layers), a shared one once.
 
     Modules of ``modules_to_save`` are left out: there the copy trains, biases and all.
     """

@@ -738,6 +738,16 @@ def test_a_setting_that_the_method_lacks_is_refused_and_in_no_file(tmp_path):
     assert not fields.keys() & set(ia3.IA3LikeConfig.lacks)
 
 
+def test_the_word_for_the_biases_of_adapted_layers_is_the_methods_own():
+    model = plain_model()
+    inject(model, vera.VeraLikeConfig(target_modules=["q_proj"], bias="vera_like_only"))
+    assert [part.place for part in adapter_state(model).parts["default"]] == [
+        f"model.layers.{number}.self_attn.q_proj.bias" for number in range(2)
+    ]
+    with pytest.raises(ValueError, match=r"bias='lora_only': expected one of 'none', 'all', 'vera_like_only'"):
+        vera.VeraLikeConfig(target_modules=["q_proj"], bias="lora_only")
+
+
 def test_a_scale_that_the_layer_was_built_with_is_not_swapped(tmp_path):
     one, other = adapted_model("loha"), adapted_model("loha", alpha=50)
     save_adapter(other, tmp_path)
