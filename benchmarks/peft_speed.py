@@ -3,7 +3,7 @@
     python benchmarks/peft_speed.py                      # writes data/runs/peft_speed.json, 25 minutes on 2 cores
     python benchmarks/peft_speed.py --quick              # the same code on small shapes, in half a minute
 
-"ours" is the plain layer of lesson 03, "fast" the fused one of lesson 21. Two shapes. "bert": hidden 384, 6 layers, as
+"ours" is the plain layer of lesson 03, "fast" the fused one of lesson 24. Two shapes. "bert": hidden 384, 6 layers, as
 in minilm, random weights, one thread, processor time. "smollm2": the SmolLM2-135M model, two threads, wall time. All
 methods of a comparison stand in one process and take a step in turns, so that a disturbance meets all of them; what
 counts are the ratios of each round. Memory is measured in other processes, one for each method. The record keeps every

@@ -1,4 +1,4 @@
-"""How LoRA training scales from one GPU to several, whole models (DDP) and shards of them (FSDP). For lesson 21.
+"""How LoRA training scales from one GPU to several, whole models (DDP) and shards of them (FSDP). For lesson 24.
 
     python benchmarks/scaling.py --gpus 2               # writes data/runs/scaling.json
     python benchmarks/scaling.py --toy --out x.json     # the same code on a tiny shape, two processes on any machine

@@ -1,4 +1,4 @@
-"""Time and memory of a LoRA step of a 7B-shaped Llama, by every way to take it, for lesson 21. Needs a large GPU.
+"""Time and memory of a LoRA step of a 7B-shaped Llama, by every way to take it, for lesson 24. Needs a large GPU.
 
     python benchmarks/speed_7b.py --shape 1x512 4x512  # adds these shapes to data/runs/speed_7b.json
     python benchmarks/speed_7b.py --toy --out x.json   # the same code on a tiny shape, on any machine

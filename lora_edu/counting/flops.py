@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-# The fused layers of lesson 21 add in place, which PyTorch's counter does not know as a product.
+# The fused layers of lesson 24 add in place, which PyTorch's counter does not know as a product.
 IN_PLACE = {torch.ops.aten.addmm_: lambda y, a, b, **_: 2 * a[0] * a[1] * b[1]}  # of the three shapes
 
 

@@ -1,4 +1,4 @@
-"""LoRA's linear layer as one autograd function: the same numbers, with less memory traffic. Built in lesson 21.
+"""LoRA's linear layer as one autograd function: the same numbers, with less memory traffic. Built in lesson 24.
 
 The plain layer of lesson 03 writes three tensors of the output's size: the base's output, the update and their sum.
 Here the update is written first and the base's output added to it in place, what the backward pass needs is kept and
@@ -52,7 +52,7 @@ def lora_linear(
     Raises:
         ValueError: if the shapes do not fit together, or dropout_p is no probability.
 
-    Source: Hu et al. 2021, eq. 3; compare RunLoRA (Cherniuk et al. 2023), which also saves bytes. Built in lesson 21.
+    Source: Hu et al. 2021, eq. 3; compare RunLoRA (Cherniuk et al. 2023), which also saves bytes. Built in lesson 24.
     """
     check_dropout(dropout_p)
     _check_shapes(x, weight, bias, lora_A, lora_B)

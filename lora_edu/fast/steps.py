@@ -1,4 +1,4 @@
-"""A training step with fewer launches: blocks compiled one by one, or a whole step replayed. Built in lesson 21.
+"""A training step with fewer launches: blocks compiled one by one, or a whole step replayed. Built in lesson 24.
 
 A compiler writes one kernel for a chain of element-wise operations; a CUDA graph records every launch of a step and
 replays them with a single one. Neither changes what is computed.
@@ -16,7 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 
 def compile_blocks(model: nn.Module, **options: Any) -> int:
-    """Compile every block of a transformer in place, and its loss; returns how many blocks. Built in lesson 21.
+    """Compile every block of a transformer in place, and its loss; returns how many blocks. Built in lesson 24.
 
     The blocks are the longest ``nn.ModuleList`` of the model. A few graphs serve all of them: compiling takes as long
     for 32 blocks as for two. A loss that goes through transformers' ``model.loss_function``, as that of decoders does,
@@ -44,7 +44,7 @@ def compile_blocks(model: nn.Module, **options: Any) -> int:
 
 
 def causal_attention() -> str:
-    """Make "causal" known to transformers, attention that needs no mask, and return this name. Built in lesson 21.
+    """Make "causal" known to transformers, attention that needs no mask, and return this name. Built in lesson 24.
 
     For ``LlamaConfig(attn_implementation=...)`` or ``model.set_attn_implementation(...)``. It computes what "sdpa" does
     for rows without padding, or padded on the right with labels of -100 there: no token looks ahead at the padding. A
@@ -61,7 +61,7 @@ def causal_attention() -> str:
 
 
 def capture_step(step: Callable[[], Tensor], warmup: int = 3, pool: Any = None) -> Callable[[], Tensor]:
-    """Record a whole training step as one CUDA graph; the function that comes back replays it. Built in lesson 21.
+    """Record a whole training step as one CUDA graph; the function that comes back replays it. Built in lesson 24.
 
     A replay repeats the recorded kernels on the recorded addresses, so:
         - the batch is read from the same tensors; bring in the next one, of the same shape, by ``ids.copy_(batch)``;

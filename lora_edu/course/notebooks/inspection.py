@@ -25,7 +25,7 @@ LONGEST_CELL = 30
 LARGEST_FILE = 1_500_000
 IGNORED_SHARE = 0.10
 IGNORED_SHARE_TIMING = 0.30  # lessons whose subject is time and memory
-TIMING_LESSONS = {"06", "07", "09", "21"}
+TIMING_LESSONS = {"06", "07", "09", "12", "13", "20", "21", "24", "25"}
 BOX = ["You will", "You need", "Time", "Hardware"]
 HEADINGS = [
     "Two questions first",

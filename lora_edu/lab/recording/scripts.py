@@ -52,13 +52,13 @@ SCRIPTS = {
     ),
     "speed_7b": Script(
         "benchmarks/speed_7b.py",
-        "lesson 21: a 7B LoRA step by every way to take it (--shape, --ways)",
+        "lesson 24: a 7B LoRA step by every way to take it (--shape, --ways)",
         ("shapes", "lines"),
         "a GPU of 141 GB; PEFT to compare with",
     ),
     "scaling": Script(
         "benchmarks/scaling.py",
-        "lesson 21: LoRA steps on one and several GPUs (--gpus, --shapes)",
+        "lesson 24: LoRA steps on one and several GPUs (--gpus, --shapes)",
         ("runs", "lines"),
         "two GPUs or more",
         limit=("--seconds", 60),

@@ -1,4 +1,4 @@
-"""The checks of lesson 21: a bound (A1), intensity (A2), a backward pass (B1), bytes sent (B2), a ratio (C1)."""
+"""The checks of lesson 24: a bound (A1), intensity (A2), a backward pass (B1), bytes sent (B2), a ratio (C1)."""
 
 import random
 from collections.abc import Callable, Mapping

@@ -1,4 +1,4 @@
-"""The checks of lesson 21 pass the solutions, leave stubs alone, and name the mistake in plausible wrong answers."""
+"""The checks of lesson 24 pass the solutions, leave stubs alone, and name the mistake in plausible wrong answers."""
 
 from __future__ import annotations
 
