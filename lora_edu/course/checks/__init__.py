@@ -8,6 +8,7 @@ import pkgutil
 from collections.abc import Callable
 
 from lora_edu.course.checks.report import Report, Wrong, run_steps
+from lora_edu.course.checks.your_turn import use
 
 CHECKS: dict[str, Callable[..., Report]] = {}
 for _module in sorted(info.name for info in pkgutil.iter_modules(__path__) if info.name.startswith("lesson_")):
@@ -22,4 +23,4 @@ for _module in sorted(info.name for info in pkgutil.iter_modules(__path__) if in
         CHECKS[_name] = _object
 globals().update(CHECKS)
 
-__all__ = ["CHECKS", "Report", "Wrong", "run_steps", *CHECKS]
+__all__ = ["CHECKS", "Report", "Wrong", "run_steps", "use", *CHECKS]

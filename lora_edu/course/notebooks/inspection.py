@@ -7,7 +7,9 @@ from pathlib import Path
 
 from nbformat import NotebookNode
 
+from lora_edu.course.notebooks.predictions import problems_of_predictions
 from lora_edu.course.notebooks.stored import dumps, normalise, read
+from lora_edu.course.notebooks.your_turn import problems_of_your_turn
 
 TAGS = {
     "hide-output",
@@ -15,6 +17,8 @@ TAGS = {
     "remove-cell",
     "nbval-ignore-output",
     "prediction",
+    "answer",
+    "your-turn",
     "bug",
     "check",
     "solution",
@@ -22,6 +26,9 @@ TAGS = {
 SLIDE_TYPES = {"slide", "subslide", "fragment", "skip", "notes", "-"}
 SLIDES = range(8, 16)
 LONGEST_CELL = 30
+MOST_CELLS, MOST_WORDS, MOST_LINES = 60, 2000, 250
+MOST_WORDS_OF_AN_ELECTIVE = 1400
+ELECTIVES = {"16", "17", "18", "19", "20", "21", "22", "23", "24", "25"}
 LARGEST_FILE = 1_500_000
 IGNORED_SHARE = 0.10
 IGNORED_SHARE_TIMING = 0.30  # lessons whose subject is time and memory
@@ -117,10 +124,35 @@ def problems_of_lesson(notebook: NotebookNode, number: str) -> Iterator[str]:
     for index, cell in enumerate(notebook.cells):
         if cell.cell_type == "code" and len(cell.source.split("\n")) > LONGEST_CELL:
             yield f"cell {index}: {len(cell.source.split(chr(10)))} lines of code: expected at most {LONGEST_CELL}"
-        if "prediction" in cell.metadata.get("tags", []):
-            after = next((later for later in notebook.cells[index + 1 :] if later.cell_type == "code"), None)
-            if after is None or "hide-output" not in after.metadata.get("tags", []):
-                yield f"cell {index}: the code cell after this prediction does not fold its output (tag hide-output)"
+    yield from problems_of_predictions(notebook)
+    yield from problems_of_your_turn(notebook)
+
+
+def over_budget(notebook: NotebookNode, number: str) -> Iterator[str]:
+    """The upper limits of a lesson: cells, words of Markdown, lines of code that are not folded."""
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    visible = [cell for cell in code if "hide-input" not in cell.metadata.get("tags", [])]
+    counts = {
+        "cells": (len(notebook.cells), MOST_CELLS),
+        "words of Markdown": (
+            sum(words(cell.source) for cell in notebook.cells if cell.cell_type == "markdown"),
+            MOST_WORDS_OF_AN_ELECTIVE if number in ELECTIVES else MOST_WORDS,
+        ),
+        "lines of code in cells that are not folded": (
+            sum(bool(line.strip()) for cell in visible for line in cell.source.split("\n")),
+            MOST_LINES,
+        ),
+    }
+    for what, (count, most) in counts.items():
+        if count > most:
+            yield f"{count:,} {what}: expected at most {most:,}"
+
+
+def words(markdown: str) -> int:
+    """How many words a reader reads: formulas count as one each, addresses and tags not at all."""
+    text = re.sub(r"\$\$.*?\$\$|\$[^$\n]*\$", " formula ", markdown, flags=re.S)
+    text = re.sub(r"\]\([^)]*\)|<[^>]*>", " ", text)
+    return sum(any(character.isalnum() for character in word) for word in text.split())
 
 
 def problems_of_solution(notebook: NotebookNode) -> Iterator[str]:

@@ -8,7 +8,6 @@ from lora_edu.course.notebooks.stored import (
     EXERCISES,
     LESSONS,
     NotebookError,
-    clear_outputs,
     dumps,
     find_notebook,
     list_notebooks,
@@ -16,6 +15,7 @@ from lora_edu.course.notebooks.stored import (
     read,
     write,
 )
+from lora_edu.course.notebooks.your_turn import learners_copy
 from lora_edu.files import ROOT
 
 WORK = ROOT / "work"
@@ -81,11 +81,11 @@ def exercise_to_check(name: str, work: Path = WORK) -> Path:
 
 
 def _fresh(source: Path) -> str:
-    return dumps(normalise(clear_outputs(read(source))))
+    return dumps(normalise(learners_copy(read(source))))
 
 
 def _copy(source: Path, target: Path) -> None:
-    write(normalise(clear_outputs(read(source))), target)
+    write(normalise(learners_copy(read(source))), target)
 
 
 def _free_name(target: Path) -> Path:

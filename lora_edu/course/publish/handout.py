@@ -9,7 +9,6 @@ from lora_edu.course.notebooks.stored import (
     EXERCISES,
     LESSONS,
     NotebookError,
-    clear_outputs,
     dumps,
     find_notebook,
     list_notebooks,
@@ -17,6 +16,7 @@ from lora_edu.course.notebooks.stored import (
     read,
     title,
 )
+from lora_edu.course.notebooks.your_turn import learners_copy
 from lora_edu.files import ROOT, write_atomically
 
 TOP = "lora-edu-handout"
@@ -132,4 +132,4 @@ def write_zip(files: dict[str, bytes], output: Path) -> None:
 
 
 def _cleared(path: Path) -> bytes:
-    return dumps(normalise(clear_outputs(read(path)))).encode()
+    return dumps(normalise(learners_copy(read(path)))).encode()

@@ -10,12 +10,12 @@ from nbformat.v4 import new_code_cell
 from lora_edu.course.notebooks.stored import (
     BUILD,
     NotebookError,
-    clear_outputs,
     find_notebook,
     normalise,
     read,
     write,
 )
+from lora_edu.course.notebooks.your_turn import learners_copy
 from lora_edu.files import ROOT
 
 # Versions come from the pyproject.toml of the course that the cell has fetched, and are written nowhere else. The extra
@@ -83,7 +83,7 @@ def export_hosted(name: str, repository: str | None = None, output: Path | None 
     """
     source = find_notebook(name)
     address = repository_address(repository)
-    notebook = clear_outputs(read(source))
+    notebook = learners_copy(read(source))
     if any(cell.get("id") == CELL_ID for cell in notebook.cells[:1]):
         raise NotebookError(f"{source.name} is a copy for hosted runtimes already: export the lesson itself")
     cell = new_code_cell(first_cell(address, bases_of(notebook)))
