@@ -1,4 +1,4 @@
-"""``lora-edu lessons …``: list, run, exercises, reset, export."""
+"""``lora-edu lessons …``: list, run, exercises, claims, reset, export."""
 
 from pathlib import Path
 from typing import Annotated
@@ -36,7 +36,7 @@ def run(
     """Execute lessons from top to bottom on the CPU.
 
     Without --update copies run under build/ and lessons/ stays as it is. With --update the outputs are written into
-    lessons/, and the exercises of the same numbers are generated again from their solutions.
+    lessons/, the exercises of the same numbers are generated again from their solutions, and so is the page of claims.
     """
     from lora_edu.course.notebooks.execute import update as execute_and_write
     from lora_edu.course.notebooks.exercises import generate
@@ -65,6 +65,7 @@ def run(
     for source in sources:
         if (SOLUTIONS / source.name).exists() and generate(SOLUTIONS / source.name):
             console.print(f"wrote {EXERCISES.name}/{source.name}")
+    claims()
 
 
 @lessons.command("exercises")
@@ -78,6 +79,16 @@ def exercises(
 
     for source in [find_notebook(name, SOLUTIONS) for name in names] if names else list_notebooks(SOLUTIONS):
         console.print(f"{'wrote' if generate(source) else 'current'}  exercises/{source.name}")
+
+
+@lessons.command("claims")
+@friendly
+def claims() -> None:
+    """Fill in which lessons name each claim of data/claims.json, and write book/claims.md from it (for authors)."""
+    from lora_edu.course.publish.claims import refresh
+
+    for path in refresh():
+        console.print(f"wrote {path.parent.name}/{path.name}")
 
 
 @lessons.command("reset")

@@ -12,6 +12,7 @@ import pytest
 from lora_edu.course.doctor import browser
 from lora_edu.course.notebooks.stored import LESSONS, SOLUTIONS, list_notebooks
 from lora_edu.course.publish import book, export
+from lora_edu.course.publish.claims import anchor, read_ledger
 
 pytestmark = pytest.mark.book
 ARGUMENTS = [
@@ -60,7 +61,7 @@ def test_every_lesson_solution_and_module_has_a_page(html):
     wanted += [f"lessons/exercises/{path.stem}.html" for path in list_notebooks(SOLUTIONS)]
     wanted += [f"api/{name}.html" for name in book.modules()]
     wanted += ["index.html", "data/README.html", "licences.html", "contributing.html", "changelog.html", "search.html"]
-    wanted += ["teaching.html", "hosted.html"]
+    wanted += ["teaching.html", "hosted.html", "claims.html"]
     assert [name for name in wanted if not (html / name).exists()] == []
 
 
@@ -97,6 +98,10 @@ def test_lessons_and_library_link_to_each_other(html, pages):
     lesson, module = html / "lessons" / "03_lora_layer.html", html / "api" / "lora_edu.core.layer.html"
     assert "../api/lora_edu.core.layer.html#lora_edu.core.layer.LoRALinear" in pages[lesson].links
     assert "../lessons/03_lora_layer.html" in pages[module].links
+
+
+def test_every_claim_has_its_id_as_an_address(html, pages):
+    assert {anchor(claim.id) for claim in read_ledger().claims} <= pages[html / "claims.html"].anchors
 
 
 def test_predicted_outputs_and_solutions_are_folded(html):

@@ -6,6 +6,7 @@ from lora_edu.course.notebooks import inspection
 from lora_edu.course.notebooks.exercises import outdated
 from lora_edu.course.notebooks.predictions import shares
 from lora_edu.course.notebooks.stored import EXERCISES, LESSONS, SOLUTIONS, list_notebooks, read
+from lora_edu.course.publish.claims import PAGE, claims_page, lessons_by_claim, read_ledger
 
 LESSON_FILES = list_notebooks(LESSONS)
 SOLUTION_FILES = list_notebooks(SOLUTIONS)
@@ -63,6 +64,14 @@ def test_only_solutions_are_tagged_so(path):
 
 def test_exercises_are_what_the_solutions_give():
     assert outdated() == []
+
+
+def test_the_ledger_has_every_claim_that_a_lesson_names():
+    assert {claim.id: claim.shown for claim in read_ledger().claims if claim.shown} == lessons_by_claim()
+
+
+def test_the_page_of_claims_is_what_the_ledger_gives():
+    assert PAGE.read_text(encoding="utf-8") == claims_page(read_ledger())
 
 
 def test_few_cells_are_exempt_from_comparison():

@@ -34,6 +34,7 @@ COMMANDS = [
     ["lessons", "list"],
     ["lessons", "run"],
     ["lessons", "exercises"],
+    ["lessons", "claims"],
     ["lessons", "reset"],
     ["lessons", "export"],
 ]
@@ -155,11 +156,15 @@ def lessons(tmp_path, monkeypatch):
     return folder
 
 
-def test_only_update_writes_lessons(lessons):
+def test_only_update_writes_lessons(lessons, monkeypatch, tmp_path):
+    page = tmp_path / "book" / "claims.md"
+    monkeypatch.setattr("lora_edu.course.publish.claims.refresh", lambda: [page])
     before = {path: path.read_bytes() for path in lessons.rglob("*.ipynb")}
     assert call("lessons", "run", "01").exit_code == 0
     assert {path: path.read_bytes() for path in lessons.rglob("*.ipynb")} == before
-    assert call("lessons", "run", "01", "--update").exit_code == 0
+    updated = call("lessons", "run", "01", "--update")
+    assert updated.exit_code == 0
+    assert "wrote book/claims.md" in updated.output
     assert read(lessons / "01_a.ipynb").cells[0].outputs[0].data["text/plain"] == "2"
     assert (lessons / "exercises" / "01_a.ipynb").exists()
     assert (lessons / "solutions" / "01_a.ipynb").read_bytes() == before[lessons / "solutions" / "01_a.ipynb"]

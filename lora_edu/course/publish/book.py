@@ -96,6 +96,7 @@ def stage(executed: Path, seconds: dict[str, float], target: Path = SOURCE) -> N
         text = page.read_text(encoding="utf-8")
         for blank, value in blanks.items():
             text = text.replace("{{ " + blank + " }}", value)
+        text = text.replace("](../lessons/", "](lessons/")  # the pages of book/ are laid out beside lessons/
         (fresh / page.name).write_text(text, encoding="utf-8")
     _replace_changed(fresh, target)
 
@@ -127,12 +128,13 @@ def _fold(cell: nbformat.NotebookNode) -> None:
 
 
 def _relink(text: str, up: str) -> str:
-    """Point links to the library's source files at their API pages, and name the licence files' page."""
+    """Point links to the library's source files at their API pages, to pages of ``book/`` and to licences at theirs."""
     text = re.sub(
         r"\]\((?:\.\./)*lora_edu/([\w/]+)\.py\)",
         lambda found: f"]({up}api/lora_edu.{found[1].replace('/', '.')}.md)".replace(".__init__", ""),
         text,
     )
+    text = re.sub(r"\]\((?:\.\./)*book/([\w-]+\.md[#)])", lambda found: f"]({up}{found[1]}", text)
     return re.sub(r"\]\((?:\.\./)*LICENSE(?:-lessons)?\)", f"]({up}licences.md)", text)
 
 
