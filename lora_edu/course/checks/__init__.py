@@ -7,6 +7,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable
 
+from lora_edu.course.checks import autograding
 from lora_edu.course.checks.report import Report, Wrong, run_steps
 
 CHECKS: dict[str, Callable[..., Report]] = {}
@@ -21,5 +22,7 @@ for _module in sorted(info.name for info in pkgutil.iter_modules(__path__) if in
             raise ImportError(f"two checks are called {_name!r}: in {CHECKS[_name].__module__} and {_lesson.__name__}")
         CHECKS[_name] = _object
 globals().update(CHECKS)
+if autograding.is_on():
+    autograding.route_stderr()
 
 __all__ = ["CHECKS", "Report", "Wrong", "run_steps", *CHECKS]
