@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lora_edu.course.console import console, friendly
+from lora_edu.course.console import console, fail, friendly
 
 if TYPE_CHECKING:
     from lora_edu.course.grading.classroom import Row
@@ -36,12 +36,23 @@ def handout(
     library: Annotated[
         bool, typer.Option("--library", help="Add what is needed to install and run it: lora_edu/, data/, book/.")
     ] = False,
+    nbgrader: Annotated[
+        Path | None,
+        typer.Option("--nbgrader", metavar="COURSE", help="Make no zip, but lay out this folder for nbgrader."),
+    ] = None,
 ) -> None:
     """Make a zip of lessons (outputs cleared) and their exercises to give to a class. It holds no solution.
 
     Inside are also a page that says how to set up, work and hand in, and the licences. With --library the zip is all
     that a class needs; the library's checks then are in it too, and they know the right answers.
+
+    With --nbgrader COURSE it is for you: COURSE/source holds the exercises with their solutions, from which
+    nbgrader generate_assignment makes what you give to the class. Files that are there already stay as they are.
     """
+    if nbgrader:
+        if output or library:
+            fail("--nbgrader lays out a folder; -o and --library belong to the zip, which is made without --nbgrader")
+        return _lay_out(nbgrader, lessons or [])
     from lora_edu.course.notebooks.stored import BUILD
     from lora_edu.course.publish.handout import chosen, contents, write_zip
 
@@ -54,6 +65,20 @@ def handout(
     console.print(
         f"wrote {output}: {len(notebooks) - exercises} lessons, {exercises} exercises, {size:.1f} MB", markup=False
     )
+
+
+def _lay_out(course: Path, lessons: list[str]) -> None:
+    from lora_edu.course.publish.handout import chosen
+    from lora_edu.course.publish.nbgrader import lay_out
+
+    paths = chosen(lessons)
+    written, left = lay_out(course, paths)
+    assignments = sum(name.startswith("source/") for name in written)
+    console.print(f"wrote {assignments} of {len(paths)} assignments to {course / 'source'}", markup=False)
+    for name in left:
+        console.print(f"{course / name} is there already and differs: it stays as it is", markup=False)
+    console.print(f"Next, in {course}: nbgrader generate_assignment {paths[0].stem}", markup=False)
+    console.print('The page "Teaching with it" in the book says what that needs, and how it goes on.')
 
 
 @friendly

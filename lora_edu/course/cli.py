@@ -244,7 +244,7 @@ def lab(
     import sys
 
     from lora_edu.course.notebooks.execute import environment
-    from lora_edu.course.notebooks.work import WORK, refresh
+    from lora_edu.course.notebooks.work import WORK, lab_settings, refresh
 
     written, left = refresh()
     console.print(f"{len(written)} notebooks copied to {WORK}", markup=False)
@@ -253,7 +253,7 @@ def lab(
     if not prepare:
         if getattr(os, "geteuid", lambda: 1)() == 0 and "--allow-root" not in context.args:
             fail("JupyterLab does not start for root unless told to: add --allow-root, as in lora-edu lab --allow-root")
-        variables = {**environment(), "LORA_EDU_PROGRESS": os.environ.get("LORA_EDU_PROGRESS", "1")}
+        variables = {**environment(), **lab_settings(), "LORA_EDU_PROGRESS": os.environ.get("LORA_EDU_PROGRESS", "1")}
         command = [sys.executable, "-m", "jupyterlab", f"--notebook-dir={WORK}", *context.args]
         raise typer.Exit(subprocess.run(command, env=variables).returncode)
 

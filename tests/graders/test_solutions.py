@@ -34,3 +34,4 @@ def test_the_stub_is_not_done_yet(notebook, check, objects, from_stub):
     report = getattr(checks, check)(*(from_stub(notebook, name) for name in objects))
     assert report.status == "not done", report.text
     assert "not done yet" in report.text
+    assert report.passed == []  # nbgrader counts the steps that are right, and an untouched stub has none

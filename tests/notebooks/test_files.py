@@ -74,6 +74,14 @@ def test_the_page_of_claims_is_what_the_ledger_gives():
     assert PAGE.read_text(encoding="utf-8") == claims_page(read_ledger())
 
 
+@pytest.mark.parametrize("path", EXERCISE_FILES, ids=named)
+def test_nbgrader_accepts_the_exercises(path):
+    nbgrader = pytest.importorskip("nbgrader.nbgraderformat")
+    nbgrader.MetadataValidator().validate_nb(read(path))
+    marks = [cell.metadata.nbgrader for cell in read(path).cells if "nbgrader" in cell.metadata]
+    assert sum(mark.get("points", 0) for mark in marks) >= 10
+
+
 def test_few_cells_are_exempt_from_comparison():
     counts = {path: inspection.ignored_cells(read(path)) for path in LESSON_FILES + SOLUTION_FILES}
     timing = {path for path in counts if path.name[:2] in inspection.TIMING_LESSONS}

@@ -1,5 +1,6 @@
 """The command line: help everywhere, one line instead of a traceback, and only --update writes lessons/."""
 
+import json
 import os
 import subprocess
 import sys
@@ -256,9 +257,10 @@ def started(monkeypatch, tmp_path):
     """What ``lora-edu lab`` starts, without starting it."""
     commands = []
     monkeypatch.setattr("lora_edu.course.notebooks.work.WORK", tmp_path / "work")
+    monkeypatch.setattr("lora_edu.course.notebooks.work.LAB", tmp_path / "lab")
     monkeypatch.setattr("lora_edu.course.notebooks.work.refresh", lambda: ([], []))
     monkeypatch.setattr(
-        subprocess, "run", lambda command, env: commands.append(command) or SimpleNamespace(returncode=0)
+        subprocess, "run", lambda command, env: commands.append([*command, env]) or SimpleNamespace(returncode=0)
     )
     return commands
 
@@ -266,7 +268,15 @@ def started(monkeypatch, tmp_path):
 def test_lab_passes_on_what_follows(started):
     options = ["--no-browser", "--ip", "0.0.0.0", "--port=9000", "--allow-root"]
     assert call("lab", *options).exit_code == 0
-    assert started[0][2:] == ["jupyterlab", started[0][3], *options]
+    assert started[0][2:-1] == ["jupyterlab", started[0][3], *options]
+
+
+def test_lab_leaves_out_the_menus_for_teachers(started, tmp_path, monkeypatch):
+    monkeypatch.setenv("JUPYTER_CONFIG_PATH", "mine")
+    assert call("lab", "--allow-root").exit_code == 0
+    assert started[0][-1]["JUPYTER_CONFIG_PATH"] == os.pathsep.join([str(tmp_path / "lab"), "mine"])
+    page = json.loads((tmp_path / "lab" / "labconfig" / "page_config.json").read_text())
+    assert page["disabledExtensions"]["@jupyter/nbgrader"] is True
 
 
 def test_lab_as_root_says_what_to_add(started, monkeypatch):

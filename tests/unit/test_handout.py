@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 from lora_edu.course.cli import app
 from lora_edu.course.notebooks.exercises import ANSWER, BEGIN, END
-from lora_edu.course.notebooks.stored import EXERCISES, LESSONS, SOLUTIONS, list_notebooks, read
-from lora_edu.course.publish import handout
+from lora_edu.course.notebooks.stored import EXERCISES, LESSONS, SOLUTIONS, NotebookError, list_notebooks, read
+from lora_edu.course.publish import handout, nbgrader
 
 
 def call(*arguments):
@@ -165,3 +165,54 @@ def test_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert call("00", "-o", path).exit_code == 1
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def lay_out(course, *lessons):
+    return call(*lessons, "--nbgrader", course)
+
+
+def files(course):
+    return sorted(path.relative_to(course).as_posix() for path in course.rglob("*") if path.is_file())
+
+
+def test_a_course_for_nbgrader(tmp_path):
+    result = lay_out(tmp_path / "new", "00-01")
+    assert (result.exit_code, "wrote 2 of 2 assignments" in result.stdout) == (0, True)
+    assert files(tmp_path / "new") == [
+        "README.md",
+        "nbgrader_config.py",
+        "source/00_start_here/00_start_here.ipynb",
+        "source/01_low_rank_svd/01_low_rank_svd.ipynb",
+    ]
+    assert "nbgrader generate_assignment 00_start_here" in (tmp_path / "new" / "README.md").read_text()
+    source = read(tmp_path / "new" / "source" / "00_start_here" / "00_start_here.ipynb")
+    assert source.cells[0].source.startswith("# Exercises to lesson 00")
+    assert "exercises on lesson 00." in source.cells[0].source  # a link in the exercise, which would lead nowhere
+    assert sum(BEGIN in cell.source for cell in source.cells) == 2
+    assert [cell.outputs for cell in source.cells if cell.get("outputs")] == []
+    compile((tmp_path / "new" / "nbgrader_config.py").read_text(), "config", "exec")
+
+
+def test_a_course_that_is_there_stays_as_it_is(tmp_path):
+    (tmp_path / "nbgrader_config.py").write_text("mine")
+    assert lay_out(tmp_path, "00").exit_code == 0
+    mine = tmp_path / "source" / "00_start_here" / "00_start_here.ipynb"
+    mine.write_text("mine too")
+    result = lay_out(tmp_path, "00-01")
+    assert "wrote 1 of 2 assignments" in result.stdout
+    assert f"{mine} is there already and differs" in result.stdout
+    assert (mine.read_text(), (tmp_path / "nbgrader_config.py").read_text()) == ("mine too", "mine")
+    assert "README.md" not in files(tmp_path)
+
+
+@pytest.mark.parametrize("options", [["-o", "h.zip"], ["--library"]], ids=str)
+def test_a_course_is_no_zip(tmp_path, options):
+    result = call("00", "--nbgrader", tmp_path / "course", *options)
+    assert (result.exit_code, "belong to the zip" in result.stderr) == (1, True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_where_there_are_no_solutions(tmp_path):
+    with pytest.raises(NotebookError, match="the repository has"):
+        nbgrader.lay_out(tmp_path / "course", list_notebooks(LESSONS), tmp_path / "solutions")
+    assert list(tmp_path.iterdir()) == []

@@ -12,7 +12,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from lora_edu.course.notebooks import inspection, runs, work
 from lora_edu.course.notebooks import stored as notebooks
 from lora_edu.course.notebooks.execute import execute, update
-from lora_edu.course.notebooks.exercises import ANSWER, cut_solution, exercise_from, generate, outdated
+from lora_edu.course.notebooks.exercises import ANSWER, cut_solution, exercise_from, generate, outdated, source_from
 from lora_edu.course.notebooks.stored import NotebookError, dumps, find_notebook, normalise, read, write
 
 
@@ -162,8 +162,9 @@ def test_bad_markers(source):
 def solutions_notebook():
     return book(
         new_markdown_cell("# Solutions to lesson 01"),
+        new_markdown_cell("### A1 Twice"),
         tagged(SOLUTION, "solution"),
-        tagged("print(double(2))", "check"),
+        tagged("checks.double(double)", "check"),
         tagged("Because.", "solution", kind=new_markdown_cell),
     )
 
@@ -174,9 +175,55 @@ def test_exercise_from_solution():
     exercise = exercise_from(solution)
     assert dumps(solution) == before
     assert exercise.cells[0].source == "# Exercises to lesson 01"
-    assert exercise.cells[3].source == ANSWER
-    assert [cell.metadata.get("tags") for cell in exercise.cells] == [None, None, ["check"], None]
-    assert exercise.cells[2].source == "print(double(2))"
+    assert exercise.cells[4].source == ANSWER
+    assert [cell.metadata.get("tags") for cell in exercise.cells] == [None, None, None, ["check"], None]
+    assert exercise.cells[3].source == "checks.double(double)"
+
+
+RUBRIC = "### C1 Write\n\n| | not yet | good | very good |\n|---|---|---|---|\n| a | 1 | 2 | 3 |\n| b | 1 | 2 | 3 |"
+
+
+def test_what_nbgrader_is_told_of_an_exercise():
+    solution = solutions_notebook()
+    solution.cells += [
+        new_markdown_cell("### B2 More"),
+        tagged(SOLUTION, "solution"),
+        tagged(SOLUTION, "solution"),
+        tagged("if checks.more(more):\n    print(1)", "check"),
+        tagged("checks.more(more, hint=2)"),
+        new_markdown_cell(RUBRIC),
+        tagged("Half a page.", "solution", kind=new_markdown_cell),
+    ]
+    marks = [dict(cell.metadata.get("nbgrader", {})) for cell in exercise_from(solution).cells]
+    assert {mark.pop("schema_version") for mark in marks if mark} == {3}
+    told = [(mark["grade_id"], mark.get("points"), mark["grade"], mark["solution"]) for mark in marks if mark]
+    assert told == [
+        ("A1_solution", None, False, True),
+        ("A1_double", 1, True, False),
+        ("A1_answer", 1, True, True),
+        ("B2_solution", None, False, True),
+        ("B2_solution_2", None, False, True),
+        ("B2_more", 4, True, False),
+        ("C1_answer", 4, True, True),
+    ]
+    assert [mark["grade_id"] for mark in marks if mark and mark["locked"]] == ["A1_double", "B2_more"]
+    assert [mark.get("grade_id") for mark in marks] == [
+        cell.metadata.get("nbgrader", {}).get("grade_id") for cell in source_from(solution).cells
+    ]
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [("checks.a(f); checks.b(f)", "2 checks are called"), ("print(1)", "0 checks are called")],
+)
+def test_a_check_cell_has_the_points_of_one_check(source, words):
+    with pytest.raises(NotebookError, match=f"solutions/01_a.ipynb, cell 1: {words}"):
+        exercise_from(book(new_markdown_cell("### A1 Twice"), tagged(source, "check")), "01_a.ipynb")
+
+
+def test_a_check_belongs_to_a_task():
+    with pytest.raises(NotebookError, match="cell 0: the cell belongs to no task"):
+        exercise_from(book(tagged("checks.a(f)", "check")))
 
 
 def test_outdated_exercises_are_found(tmp_path):
@@ -187,7 +234,9 @@ def test_outdated_exercises_are_found(tmp_path):
     assert generate(source, exercises)
     assert not generate(source, exercises)
     assert outdated(solutions, exercises) == []
-    (exercises / "01_a.ipynb").write_text((exercises / "01_a.ipynb").read_text().replace("print(double(2))", "pass"))
+    (exercises / "01_a.ipynb").write_text(
+        (exercises / "01_a.ipynb").read_text().replace("checks.double(double)", "pass")
+    )
     assert outdated(solutions, exercises) == ["exercises/01_a.ipynb is not what solutions/01_a.ipynb gives"]
     source.unlink()
     assert outdated(solutions, exercises) == ["exercises/01_a.ipynb has no solution"]

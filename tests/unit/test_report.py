@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from lora_edu.course.checks import autograding
 from lora_edu.course.checks.report import Wrong, run_steps
 
 
@@ -98,3 +99,15 @@ def test_unknown_hint(hint):
 def test_no_steps():
     with pytest.raises(ValueError, match="no steps"):
         run_steps("layer", [])
+
+
+def test_under_nbgrader_a_check_without_a_notebook_raises_unless_all_is_right(monkeypatch, tmp_path, capsys):
+    (tmp_path / "other.ipynb").write_text("[1]")  # not the notebook: its points are unknown
+    monkeypatch.setattr(autograding, "FOLDER", tmp_path)
+    monkeypatch.setenv("NBGRADER_EXECUTION", "autograde")
+    assert run_steps("layer", [("a", fine), ("b", fine)])
+    with pytest.raises(autograding.NotPassed, match=r"layer: 1 of 2 steps right\nthe update is 4\.0"):
+        run_steps("layer", [("a", fine), ("b", wrong)])
+    with pytest.raises(autograding.NotPassed, match=r"layer: 0 of 1 steps right\nnot done yet"):
+        run_steps("layer", [("a", missing)])
+    assert "✗ the update" in capsys.readouterr().out

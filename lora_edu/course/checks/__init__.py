@@ -7,6 +7,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable
 
+from lora_edu.course.checks import autograding
 from lora_edu.course.checks.report import Report, Wrong, run_steps
 from lora_edu.course.checks.your_turn import use
 
@@ -22,5 +23,7 @@ for _module in sorted(info.name for info in pkgutil.iter_modules(__path__) if in
             raise ImportError(f"two checks are called {_name!r}: in {CHECKS[_name].__module__} and {_lesson.__name__}")
         CHECKS[_name] = _object
 globals().update(CHECKS)
+if autograding.is_on():
+    autograding.route_stderr()
 
 __all__ = ["CHECKS", "Report", "Wrong", "run_steps", "use", *CHECKS]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from nbformat import NotebookNode
 
+from lora_edu.course.notebooks.gradable import mark_cells
 from lora_edu.course.notebooks.stored import (
     EXERCISES,
     SOLUTIONS,
@@ -56,26 +57,33 @@ def cut_solution(source: str, where: str = "") -> str:
     return "\n".join(lines)
 
 
-def exercise_from(solution: NotebookNode, name: str = "") -> NotebookNode:
-    """The exercise notebook of a solutions notebook (which is left as it was)."""
-    exercise = NotebookNode(
-        cells=[NotebookNode(cell) for cell in solution.cells], metadata=dict(solution.metadata), nbformat=4
-    )
-    for index, cell in enumerate(exercise.cells):
-        cell.metadata = NotebookNode(cell.metadata)
-        tags = list(cell.metadata.get("tags", []))
-        if "solution" in tags:
-            where = f"solutions/{name}, cell {index}"
-            cell.source = cut_solution(cell.source, where) if cell.cell_type == "code" else ANSWER
-            tags.remove("solution")
-        cell.metadata.tags = tags
-        if not tags:
-            del cell.metadata["tags"]
-    title = exercise.cells[0]
+def source_from(solution: NotebookNode, name: str = "") -> NotebookNode:
+    """What nbgrader calls the source of an assignment: the exercise notebook with nothing cut yet.
+
+    That is a copy of the solutions notebook under the exercise's title, with nbgrader's metadata for its tags.
+    """
+    cells = [NotebookNode(cell, metadata=NotebookNode(cell.metadata)) for cell in solution.cells]
+    source = NotebookNode(cells=cells, metadata=dict(solution.metadata), nbformat=4)
+    mark_cells(source, name)
+    for cell in source.cells:
+        tags = [tag for tag in cell.metadata.pop("tags", []) if tag != "solution"]
+        if tags:
+            cell.metadata.tags = tags
+    title = source.cells[0]
     title.source = "\n".join(
         line.replace("Solutions", "Exercises") if line.startswith("# ") else line for line in title.source.split("\n")
     )
-    return normalise(clear_outputs(exercise))
+    return normalise(clear_outputs(source))
+
+
+def exercise_from(solution: NotebookNode, name: str = "") -> NotebookNode:
+    """The exercise notebook of a solutions notebook (which is left as it was)."""
+    exercise = source_from(solution, name)
+    for index, cell in enumerate(exercise.cells):
+        if cell.metadata.get("nbgrader", {}).get("solution"):
+            where = f"solutions/{name}, cell {index}"
+            cell.source = cut_solution(cell.source, where) if cell.cell_type == "code" else ANSWER
+    return normalise(exercise)
 
 
 def outdated(solutions: Path = SOLUTIONS, exercises: Path = EXERCISES) -> list[str]:

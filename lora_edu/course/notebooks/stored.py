@@ -22,7 +22,7 @@ LANGUAGE = {
     "nbconvert_exporter": "python",
     "pygments_lexer": "ipython3",
 }
-CELL_METADATA = {"tags", "reason", "slideshow", "stub", "mystnb", "alt"}
+CELL_METADATA = {"tags", "reason", "slideshow", "stub", "mystnb", "alt", "nbgrader"}
 
 
 class NotebookError(RuntimeError):

@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 from lora_edu.course.notebooks.stored import (
+    BUILD,
     EXERCISES,
     LESSONS,
     NotebookError,
@@ -16,9 +18,11 @@ from lora_edu.course.notebooks.stored import (
     write,
 )
 from lora_edu.course.notebooks.your_turn import learners_copy
-from lora_edu.files import ROOT
+from lora_edu.files import ROOT, write_atomically
 
 WORK = ROOT / "work"
+LAB = BUILD / "lab"
+TEACHERS = ("@jupyter/nbgrader", "@jupyter-notebook/lab-extension")  # menus and buttons that come with nbgrader
 COPIES = ".copies.json"  # what was copied, by checksum: a file that still has it was not touched by the learner
 
 
@@ -78,6 +82,14 @@ def exercise_to_check(name: str, work: Path = WORK) -> Path:
         return find_notebook(name, work / "exercises")
     mine = work / "exercises" / course.name
     return mine if mine.is_file() else course
+
+
+def lab_settings() -> dict[str, str]:
+    """The environment in which JupyterLab leaves out what is for teachers; without it, it is all there."""
+    page = json.dumps({"disabledExtensions": dict.fromkeys(TEACHERS, True)})
+    write_atomically(LAB / "labconfig" / "page_config.json", page.encode())
+    others = filter(None, [os.environ.get("JUPYTER_CONFIG_PATH")])
+    return {"JUPYTER_CONFIG_PATH": os.pathsep.join([str(LAB), *others])}
 
 
 def _fresh(source: Path) -> str:
