@@ -6,7 +6,7 @@ import pytest
 from nbformat.v4 import new_markdown_cell, new_notebook
 
 from lora_edu.course.notebooks.stored import LESSONS, NotebookError, list_notebooks, write
-from lora_edu.course.publish import lesson_map
+from lora_edu.course.publish import book, lesson_map
 from lora_edu.course.publish.lesson_map import ROUTES, Lesson, fill, read_lessons
 from lora_edu.files import ROOT
 
@@ -91,6 +91,18 @@ def test_blanks_are_filled_by_name_and_only_lessons_that_are_there_are_links():
 def test_a_blank_that_names_nothing_is_refused(blank):
     with pytest.raises(NotebookError, match=r"names nothing: expected one of .*route week.*layer"):
         fill(blank, COURSE)
+
+
+@pytest.mark.parametrize(
+    ("link", "page"),
+    [
+        ("[glossary](../book/glossary.md)", "[glossary](../glossary.md)"),
+        ("[a claim](../../book/claims.md#000-35)", "[a claim](../claims.md#000-35)"),
+        ("[layer](../lora_edu/core/layer.py)", "[layer](../api/lora_edu.core.layer.md)"),
+    ],
+)
+def test_links_of_a_lesson_to_files_become_links_to_pages(link, page):
+    assert book._relink(link, "../") == page
 
 
 @pytest.mark.parametrize("page", ["README.md", "book/teaching.md"])
