@@ -2,6 +2,8 @@
 
 import re
 
+from myst_nb.sphinx_ import HideCodeCellNode
+
 project = "lora-edu"
 author = "the lora-edu contributors"
 copyright = "the lora-edu contributors. Code: Apache-2.0. Prose and figures: CC BY 4.0"
@@ -75,5 +77,13 @@ def link_lessons(app, what, name, obj, options, lines):
         )
 
 
+def name_folds(app, doctree, docname):
+    """A folded cell offers "the code", where MyST-NB says "the source"."""
+    for fold in doctree.findall(HideCodeCellNode):
+        for prompt in ("prompt_show", "prompt_hide"):
+            fold[prompt] = fold[prompt].replace("source", "code")
+
+
 def setup(app):
+    app.connect("doctree-resolved", name_folds)
     app.connect("autodoc-process-docstring", link_lessons)

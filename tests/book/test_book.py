@@ -2,6 +2,7 @@
 
 import functools
 import http.server
+import re
 import threading
 from html.parser import HTMLParser
 from pathlib import Path
@@ -61,7 +62,7 @@ def test_every_lesson_solution_and_module_has_a_page(html):
     wanted += [f"lessons/exercises/{path.stem}.html" for path in list_notebooks(SOLUTIONS)]
     wanted += [f"api/{name}.html" for name in book.modules()]
     wanted += ["index.html", "data/README.html", "licences.html", "contributing.html", "changelog.html", "search.html"]
-    wanted += ["teaching.html", "hosted.html", "claims.html"]
+    wanted += ["teaching.html", "hosted.html", "map.html", "glossary.html", "claims.html"]
     assert [name for name in wanted if not (html / name).exists()] == []
 
 
@@ -111,6 +112,36 @@ def test_predicted_outputs_and_solutions_are_folded(html):
     assert "<details" in (html / "lessons" / "03_lora_layer.html").read_text(encoding="utf-8")
 
 
+def test_the_start_page_and_the_map_lead_to_every_lesson(html, pages):
+    lessons = {f"lessons/{path.stem}.html" for path in list_notebooks(LESSONS)}
+    for name in ("index.html", "map.html"):
+        assert lessons <= set(pages[html / name].links)
+    drawn = re.search(r"<svg class=\"lesson-map\".*?</svg>", (html / "map.html").read_text(encoding="utf-8"), re.S)
+    assert set(re.findall(r'href="([^"]+)"', drawn[0])) == lessons
+    assert any(image["src"].endswith("result.png") for image in pages[html / "index.html"].images)
+
+
+def test_the_glossary_is_in_order_and_each_term_leads_to_a_lesson(html):
+    text = (html / "glossary.html").read_text(encoding="utf-8")
+    entries = re.findall(r'<dt id="term-[^"]+">(.*?)<a class="headerlink".*?</dt><dd>(.*?)</dd>', text, re.S)
+    terms = [re.sub(r"[^a-z0-9]", "", term.lower().replace("φ", "phi")) for term, _ in entries]
+    assert len(terms) > 100
+    assert terms == sorted(set(terms))
+    assert [term for term, meaning in entries if not re.search(r'href="lessons/\d\d_\w+\.html"', meaning)] == []
+
+
+@pytest.mark.parametrize("folder", ["exercises", "solutions"])
+def test_exercises_stand_below_their_tiers(html, folder):
+    for path in list_notebooks(SOLUTIONS):
+        text = (html / "lessons" / folder / f"{path.stem}.html").read_text(encoding="utf-8")
+        levels = re.findall(r"<h([1-6])>(\w+)", text[text.index("<article") :])
+        assert "".join(word for level, word in levels if level == "2") in ("ABC", "BC"), path.stem
+        tier = ""
+        for level, word in levels[1:]:
+            tier = word if level == "2" else tier
+            assert (level, word[0]) in (("2", tier), ("3", tier)), f"{path.stem}: {word} does not stand below {tier}"
+
+
 @pytest.fixture(scope="module")
 def chromium():
     path = browser()
@@ -135,9 +166,9 @@ def address(html):
     server.shutdown()
 
 
-def visit(chromium, url, scheme="light"):
+def visit(chromium, url, scheme="light", width=1280):
     """Open a page; returns it with what it complained about and what it asked for from elsewhere."""
-    page = chromium.new_page(color_scheme=scheme, viewport={"width": 1280, "height": 900})
+    page = chromium.new_page(color_scheme=scheme, viewport={"width": width, "height": 900})
     page.set_default_timeout(60_000)
     complaints, foreign = [], []
     page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
@@ -167,6 +198,36 @@ def test_pages_open_in_a_browser(chromium, address, name, scheme):
         formulas, drawn = page.locator(".math").count(), page.locator(".math mjx-container svg").count()
         assert drawn >= formulas > 0
         assert page.locator("mjx-merror").count() == 0
+    page.close()
+
+
+@pytest.mark.parametrize("width", [600, 992, 1100, 1280])
+def test_the_contents_of_a_page_stand_beside_it_where_there_is_room(chromium, address, width):
+    page, _, _ = visit(chromium, f"{address}/lessons/{list_notebooks(LESSONS)[0].stem}.html", width=width)
+    contents, text = page.locator("#pst-secondary-sidebar"), page.locator("article.bd-article")
+    assert contents.is_visible() == (width >= 992)
+    assert page.locator("button.secondary-toggle").is_visible() == (width < 992)
+    if width >= 992:
+        assert contents.bounding_box()["x"] >= text.bounding_box()["x"] + text.bounding_box()["width"]
+        assert contents.bounding_box()["x"] + contents.bounding_box()["width"] <= width
+        assert text.bounding_box()["width"] >= 0.55 * width
+    lines = page.evaluate(
+        "() => [...document.querySelectorAll('#claims-checked-here td:first-child')].map(cell => {"
+        " const range = document.createRange();"
+        " range.selectNodeContents(document.createTreeWalker(cell, NodeFilter.SHOW_TEXT).nextNode());"
+        " return range.getClientRects().length; })"
+    )
+    assert lines
+    assert set(lines) == {1}, "the number of a claim is broken over two lines"
+    page.close()
+
+
+def test_what_is_folded_is_printed(chromium, address):
+    page, _, _ = visit(chromium, f"{address}/lessons/{list_notebooks(LESSONS)[0].stem}.html")
+    inside = page.locator("article details:not(.hide) > p").first
+    assert not inside.is_visible()
+    page.emulate_media(media="print")
+    assert inside.is_visible()
     page.close()
 
 

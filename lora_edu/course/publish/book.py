@@ -19,9 +19,9 @@ from lora_edu.course.notebooks.stored import (
     NotebookError,
     list_notebooks,
     read,
-    title,
     write,
 )
+from lora_edu.course.publish.lesson_map import fill, read_lessons
 from lora_edu.files import ROOT
 
 BOOK = ROOT / "book"
@@ -32,6 +32,7 @@ PAGES = {
     "contributing": ROOT / "CONTRIBUTING.md",
     "changelog": ROOT / "CHANGELOG.md",
 }
+TIERS = {"A": "A. Complete one line", "B": "B. Build", "C": "C. Investigate and write"}
 LESSON_MENTION = re.compile(r"\b[Ll]essons? (\d\d(?:(?:, | and |–)\d\d)*)")
 
 
@@ -46,24 +47,23 @@ def build(executed: Path = LESSONS, seconds: dict[str, float] | None = None) -> 
         NotebookError: if Sphinx fails or warns; the message carries its first complaint.
     """
     stage(executed, seconds or recorded_times()["seconds"])
-    command = [
-        sys.executable,
-        "-m",
-        "sphinx",
-        "-b",
-        "html",
-        "-W",
-        "--keep-going",
-        "-q",
-        "-d",
-        str(BUILD / "book" / "cache"),
-    ]
-    result = subprocess.run([*command, str(SOURCE), str(HTML)], capture_output=True, text=True, cwd=ROOT)
+    render(SOURCE, HTML)
+    return HTML / "index.html"
+
+
+def render(source: Path, target: Path) -> None:
+    """Run Sphinx on pages that are laid out, with a warning as an error.
+
+    Raises:
+        NotebookError: if Sphinx fails or warns; the message carries its first complaint.
+    """
+    command = [sys.executable, "-m", "sphinx", "-b", "html", "-W", "--keep-going", "-q"]
+    command += ["-d", str(target.with_name("cache")), str(source), str(target)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     if result.returncode:
         print(result.stderr, file=sys.stderr)
         first = next((line for line in result.stderr.splitlines() if "WARNING" in line or "ERROR" in line), "")
         raise NotebookError(f"the book was not built without warnings: {first or result.stderr[-300:]}")
-    return HTML / "index.html"
 
 
 def stage(executed: Path, seconds: dict[str, float], target: Path = SOURCE) -> None:
@@ -86,28 +86,27 @@ def stage(executed: Path, seconds: dict[str, float], target: Path = SOURCE) -> N
         place.parent.mkdir(exist_ok=True)
         place.write_text(_relink(text, ""), encoding="utf-8")
     blanks = {
-        "lesson_table": _lesson_table(executed, seconds),
+        "result": _result(),
         "lesson_pages": _entries(executed, "lessons"),
         "exercise_pages": _entries(EXERCISES, "lessons/exercises"),
         "solution_pages": _entries(SOLUTIONS, "lessons/solutions"),
         "data_page": "data/README",
     }
+    lessons = read_lessons(executed, seconds)
     for page in BOOK.glob("*.md"):
         text = page.read_text(encoding="utf-8")
         for blank, value in blanks.items():
             text = text.replace("{{ " + blank + " }}", value)
         text = text.replace("](../lessons/", "](lessons/")  # the pages of book/ are laid out beside lessons/
-        (fresh / page.name).write_text(text, encoding="utf-8")
+        (fresh / page.name).write_text(fill(text, lessons), encoding="utf-8")
     _replace_changed(fresh, target)
 
 
 def _stage_notebook(path: Path, target: Path, names: list[str] | None = None) -> None:
     notebook = read(path)
-    flat = not any(re.search(r"^## ", cell.source, re.M) for cell in notebook.cells if cell.cell_type == "markdown")
+    _head_tiers(notebook)
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
-            if flat:  # tasks are third-level headings under a title; a page has no gap between its levels
-                cell.source = re.sub(r"^##(#+ )", r"#\1", cell.source, flags=re.M)
             cell.source = _relink(cell.source, "../" * (len(target.parent.parts) - len(SOURCE.parts)))
         if "solution" in cell.metadata.get("tags", []):
             _fold(cell)
@@ -119,6 +118,16 @@ def _stage_notebook(path: Path, target: Path, names: list[str] | None = None) ->
     write(notebook, target)
 
 
+def _head_tiers(notebook: nbformat.NotebookNode) -> None:
+    """Put a heading above the first exercise of each tier: the page's contents then show the exercises below it."""
+    tier = ""
+    for cell in notebook.cells:
+        found = re.search(r"^### ([ABC])\d", cell.source, re.M) if cell.cell_type == "markdown" else None
+        if found and found[1] != tier:
+            tier = found[1]
+            cell.source = f"{cell.source[: found.start()]}## {TIERS[tier]}\n\n{cell.source[found.start() :]}"
+
+
 def _fold(cell: nbformat.NotebookNode) -> None:
     """Fold a solution: code by the tag that MyST-NB knows, prose by a details element."""
     if cell.cell_type == "code":
@@ -128,7 +137,7 @@ def _fold(cell: nbformat.NotebookNode) -> None:
 
 
 def _relink(text: str, up: str) -> str:
-    """Point links to the library's source files at their API pages, to pages of ``book/`` and to licences at theirs."""
+    """Point links to source files of the library, to files of the book and to the licences at their pages."""
     text = re.sub(
         r"\]\((?:\.\./)*lora_edu/([\w/]+)\.py\)",
         lambda found: f"]({up}api/lora_edu.{found[1].replace('/', '.')}.md)".replace(".__init__", ""),
@@ -180,12 +189,11 @@ def _names_by_lesson() -> dict[str, list[str]]:
     return found
 
 
-def _lesson_table(executed: Path, seconds: dict[str, float]) -> str:
-    rows = ["| lesson | run time |", "|---|---|"]
-    for path in list_notebooks(executed):
-        took = f"{seconds[path.stem]:.0f} s" if path.stem in seconds else "–"
-        rows.append(f"| [{title(read(path))}](lessons/{path.name}) | {took} |")
-    return "\n".join(rows)
+def _result() -> str:
+    """The README's picture of a result, and the paragraph below it."""
+    paragraphs = (ROOT / "README.md").read_text(encoding="utf-8").split("\n\n")
+    picture = next(place for place, text in enumerate(paragraphs) if text.startswith("!["))
+    return "\n\n".join(paragraphs[picture : picture + 2]).replace("](book/", "](")
 
 
 def _entries(folder: Path, prefix: str) -> str:

@@ -12,6 +12,7 @@ from lora_edu.course.publish.hosted import export_hosted
 TEMPLATES = BOOK / "export"
 KINDS = {"html": "lesson_page", "slides": "lesson_slides"}
 HIDDEN = ["remove-cell"]
+FOLDED = re.compile(r"<details>(?:(?!<details>).)*</details>", re.S)
 
 
 def export(name: str, to: str = "html", output: Path | None = None, repository: str | None = None) -> Path:
@@ -60,10 +61,15 @@ def export(name: str, to: str = "html", output: Path | None = None, repository: 
 
 
 def _for_slides(notebook: NotebookNode, name: str) -> None:
-    """A cell without a mark of its own does not appear: slides are what the author chose."""
+    """Slides are what the author chose: a cell without a mark of its own does not appear.
+
+    An answer that fills its cell is open, because the cell waits for a key press already.
+    """
     marks = [cell.metadata.get("slideshow", {}).get("slide_type", "") for cell in notebook.cells]
     if not any(mark in ("slide", "subslide") for mark in marks):
         raise ValueError(f"{name} has no cell marked as a slide (metadata slideshow.slide_type)")
     for cell, mark in zip(notebook.cells, marks, strict=True):
         if not mark or mark == "-":
             cell.metadata["slideshow"] = {"slide_type": "skip"}
+        if FOLDED.fullmatch(cell.source):
+            cell.source = cell.source.replace("<details>", "<details open>", 1)
