@@ -162,3 +162,8 @@ CROSS_ENTROPY = {
     "half of it detached": (half_detached, "gradient", "its gradient is not"),
 }
 test_wrong_cross_entropy_is_found = each_is_found(checks.masked_cross_entropy, CROSS_ENTROPY)
+
+
+def test_a_sum_that_depends_on_its_order() -> None:
+    """What the lesson's self-test says of Python."""
+    assert (0.1 + 0.2) + 0.3 != 0.1 + (0.2 + 0.3)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from found import assert_found, each_is_found
 from lora_edu.course import checks
-from lora_edu.lowrank import eckart_young_error, low_rank_approximation, truncated_svd
+from lora_edu.course.notebooks.stored import find_notebook, read
+from lora_edu.lowrank import eckart_young_error, low_rank_approximation, singular_values, truncated_svd
 
 pytestmark = pytest.mark.graders
-CHECKS = ["rank_r_approximation", "break_even_rank", "fitted_factors", "data_aware_approximation"]
+CHECKS = ["rank_r_approximation", "break_even_rank", "fitted_factors", "data_aware_approximation", "truncated_svd"]
 
 
 def pieces(W):
@@ -176,6 +178,86 @@ DATA_AWARE = {
 test_data_aware_names_the_mistake = each_is_found(checks.data_aware_approximation, DATA_AWARE)
 
 
+def vectors_of_gram(W):
+    """W's right directions and singular values from the eigenvectors of WᵀW, the largest first."""
+    values, vectors = torch.linalg.eigh(W.T @ W)
+    return vectors.flip(1), values.flip(0).clamp(min=0).sqrt()
+
+
+def one_sign_flipped(W, r):
+    U, S, Vh = truncated_svd(W, r)
+    return U * torch.tensor([-1.0] + [1.0] * (r - 1)), S, Vh
+
+
+def v_for_vh(W, r):
+    U, S, V = torch.svd(W, some=False)  # full V: for W with fewer rows than columns its rows have the right length
+    return U[:, :r], S[:r], V[:r]
+
+
+PIECES = {
+    "nothing cut": (lambda W, r: pieces(W), "U is (m, r)", "all its columns are still there"),
+    "S not cut": (lambda W, r: (pieces(W)[0][:, :r], pieces(W)[1], pieces(W)[2][:r]), "U is", "values are still there"),
+    "Vh cut by columns": (lambda W, r: (pieces(W)[0][:, :r], pieces(W)[1][:r], pieces(W)[2][:, :r]), "U is", "columns"),
+    "U cut by rows": (lambda W, r: (pieces(W)[0][:r], pieces(W)[1][:r], pieces(W)[2][:r]), "U is", "your U is"),
+    "V for Vh": (lambda W, r: (*truncated_svd(W, r)[:2], truncated_svd(W, r)[2].T), "U is", "that is V"),
+    "rows of V, as published": (v_for_vh, "as close to W", "torch.svd returns V"),
+    "S as a matrix": (
+        lambda W, r: (truncated_svd(W, r)[0], truncated_svd(W, r)[1].diag(), truncated_svd(W, r)[2]),
+        "U is",
+        "diagonal",
+    ),
+    "put together already": (low_rank_approximation, "U is", "expected U, S and Vh"),
+    "two factors": (lambda W, r: truncated_svd(W, r)[::2], "U is", "2 objects"),
+    "the smallest pieces": (
+        lambda W, r: (pieces(W)[0][:, -r:], pieces(W)[1][-r:], pieces(W)[2][-r:]),
+        "largest",
+        "the smallest ones",
+    ),
+    "eigenvalues": (
+        lambda W, r: (truncated_svd(W, r)[0], truncated_svd(W, r)[1] ** 2, truncated_svd(W, r)[2]),
+        "largest",
+        "squares",
+    ),
+    "S in U as well": (
+        lambda W, r: (truncated_svd(W, r)[0] * truncated_svd(W, r)[1], *truncated_svd(W, r)[1:]),
+        "orthogonal unit vectors",
+        "which S holds already",
+    ),
+    "one sign flipped": (one_sign_flipped, "as close to W", "signs"),
+}
+test_pieces_name_the_mistake = each_is_found(checks.truncated_svd, PIECES)
+
+
+def by_eigenvectors(W, r):
+    V, S = vectors_of_gram(W)
+    return W @ V[:, :r] / S[:r], S[:r], V[:, :r].T
+
+
+def in_numpy(W, r):
+    U, S, Vh = np.linalg.svd(W.numpy(), full_matrices=False)
+    return [torch.from_numpy(np.ascontiguousarray(each)) for each in (U[:, :r], S[:r], Vh[:r])]
+
+
+def by_torch_svd(W, r):
+    U, S, V = torch.svd(W)
+    return U[:, :r], S[:r], V[:, :r].T
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("answer", [truncated_svd, by_eigenvectors, in_numpy, by_torch_svd])
+def test_pieces_found_in_other_ways_pass(answer, seed, monkeypatch) -> None:
+    monkeypatch.setenv("LORA_EDU_CHECK_SEED", str(seed))
+    assert checks.truncated_svd(answer).status == "passed"
+
+
+def test_your_turn_in_the_lesson() -> None:
+    cell = next(each for each in read(find_notebook("01")).cells if "your-turn" in each.metadata.get("tags", []))
+    for source, status in ((cell.source, "passed"), (cell.metadata.stub, "not done")):
+        space = {"torch": torch}
+        exec(source, space)
+        assert checks.truncated_svd(space["truncated_svd"]).status == status
+
+
 @pytest.mark.parametrize("name", CHECKS)
 def test_hints_go_from_symptom_to_fix(name: str, capsys: pytest.CaptureFixture) -> None:
     def nonsense(*arguments):
@@ -193,5 +275,8 @@ def test_numbers_in_the_prose() -> None:
     assert 16 * (1536 + 576) == 33_792
     assert f"{1536 * 576 / (1536 + 576):.1f}" == "418.9"
     assert 4096 * 4096 // (4096 + 4096) == 2048
+    W = low_rank_approximation(torch.randn(9, 7, dtype=torch.float64), 5)
+    assert W.norm() == pytest.approx((W**2).sum().sqrt())  # the Frobenius norm, and from singular values
+    assert W.norm() == pytest.approx(singular_values(W).norm())
     a, b = torch.randn(2, 200, 200, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     assert (a / a.norm() - b / b.norm()).norm() == pytest.approx(2**0.5, rel=0.01)  # unrelated, of one norm

@@ -1,5 +1,7 @@
 """The notebooks on disk, read and not run: executed, canonical, complete, and linked to what exists."""
 
+import re
+
 import pytest
 
 from lora_edu.course.notebooks import inspection
@@ -91,3 +93,11 @@ def test_few_cells_are_exempt_from_comparison():
     ignored = sum(counts[path][0] for path in counts if path not in timing)
     cells = sum(counts[path][1] for path in counts if path not in timing)
     assert ignored <= inspection.IGNORED_SHARE * cells
+
+
+def test_lesson_00_says_which_lessons_are_not_there_yet():
+    text = "\n".join(cell.source for cell in read(LESSON_FILES[0]).cells if cell.cell_type == "markdown")
+    named = set()
+    for first, last in re.findall(r"(\d\d)(?:–(\d\d))?", re.search(r"\*\*Not there yet:\*\* ([\d–, ]+)", text)[1]):
+        named.update(range(int(first), int(last or first) + 1))
+    assert named == set(range(27)) - {int(path.name[:2]) for path in LESSON_FILES}

@@ -1,4 +1,7 @@
-"""Checks of lesson 01: truncation (A1), break-even (A2), factors without an SVD (B1), best for the inputs (C1)."""
+"""Checks of lesson 01: truncation (A1), break-even (A2), factors without an SVD (B1), best for the inputs (C1).
+
+The last one is that of the lesson's *Your turn* cell.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,7 +11,18 @@ import torch
 from torch import Tensor
 
 from lora_edu.course.checks.report import Report, Wrong, run_steps
-from lora_edu.course.checks.tools import between, close_in_norm, is_transposed, is_whole, normal
+from lora_edu.course.checks.tools import (
+    between,
+    close_in_norm,
+    is_several,
+    is_tensor,
+    is_transposed,
+    is_whole,
+    known_slip,
+    normal,
+    shape_or_type,
+    with_note,
+)
 from lora_edu.lowrank import eckart_young_error, low_rank_approximation
 
 
@@ -271,3 +285,104 @@ def data_aware_approximation(candidate: Callable[..., Any], hint: int = 1) -> Re
         ("also with fewer inputs than columns", lambda: best(5)),
     ]
     return run_steps("Best matrix for the inputs", steps, hint)
+
+
+def truncated_svd(candidate: Callable[..., Any], hint: int = 1) -> Report:
+    """*Your turn* of lesson 01: ``candidate(W, r)`` returns the r largest pieces as U (m, r), S (r,) and Vh (r, n)."""
+
+    def pieces(W: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
+        (m, n), full = W.shape, min(W.shape)
+        returned = candidate(W.clone(), r)
+        if not is_several(returned, 3):
+            kind = f"{len(returned)} objects" if isinstance(returned, tuple | list) else shape_or_type(returned)
+            question, fix = "Which three factors make up the pieces?", "Return U[:, :r], S[:r], Vh[:r]: three tensors."
+            raise Wrong(f"you return {kind}, expected U, S and Vh", question, fix)
+        slips: dict[str, list[tuple[tuple[int, ...], str]]] = {
+            "U": [((m, full), "all its columns are still there"), ((m, m), "all its columns are still there")],
+            "S": [((full,), "all singular values are still there"), ((r, r), "that is a diagonal matrix")],
+            "Vh": [
+                ((n, r), "that is V, with the directions as columns"),
+                ((full, n), "all its rows are still there"),
+                ((n, n), "all its rows are still there"),
+                ((full, r), "its columns are cut, and the directions are its rows"),
+                ((r, full), "are its rows as long as those of W?"),
+            ],
+        }
+        for (name, known), shape, factor in zip(slips.items(), ((m, r), (r,), (r, n)), returned, strict=True):
+            if not is_tensor(factor, shape):
+                got = tuple(factor.shape) if isinstance(factor, Tensor) else ()
+                symptom = f"for W of shape {(m, n)} and r={r} your {name} is {shape_or_type(factor)}, expected {shape}"
+                raise Wrong(
+                    with_note(symptom, known_slip(got, known, same=lambda a, b: a == b)),
+                    "In which dimension of each factor are the pieces counted?",
+                    "U[:, :r] keeps r columns, S[:r] r numbers, Vh[:r] r rows.",
+                )
+        U, S, Vh = (factor.double() for factor in returned)
+        return U, S, Vh
+
+    def shapes() -> None:
+        for m, n in ((between(9, 12), 7), (7, between(9, 12))):
+            pieces(draw_matrix(m, n), between(2, 4))
+
+    def values() -> None:
+        r, W = between(2, 4), 3 * draw_matrix(between(9, 12), 7)
+        _, S, _ = pieces(W, r)
+        all_values = torch.linalg.svdvals(W)
+        right = all_values[:r]
+        if close_in_norm(S, right):
+            return
+        known = [
+            (right**2, "these are their squares, the eigenvalues of WᵀW"),
+            (right.flip(0), "they rise instead of falling"),
+            (all_values[-r:], "these are the smallest ones"),
+        ]
+        raise Wrong(
+            with_note(
+                f"S begins with {S[0]:.2f}, and the largest singular value is {right[0]:.2f}",
+                known_slip(S, known, same=close_in_norm),
+            ),
+            "What does torch.linalg.svd return as S, and in which order?",
+            "S comes in falling order: S[:r] are the r largest.",
+        )
+
+    def directions() -> None:
+        r, W = between(2, 4), 3 * draw_matrix(7, between(9, 12))
+        U, S, Vh = pieces(W, r)
+        for name, product in (("columns of U", U.T @ U), ("rows of Vh", Vh @ Vh.T)):
+            if not close_in_norm(product, torch.eye(r, dtype=torch.float64)):
+                scaled = close_in_norm(product, torch.diag(S**2)) or close_in_norm(product, torch.diag(S))
+                raise Wrong(
+                    with_note(
+                        f"the {name} are no orthogonal unit vectors",
+                        "they carry the singular values, which S holds already" if scaled else "",
+                    ),
+                    "Which of the three factors says how much of each piece is in W?",
+                    "Leave U and Vh as torch.linalg.svd returns them, and only cut them.",
+                )
+
+    def best() -> None:
+        r = between(2, 4)
+        for m, n in ((between(9, 12), 7), (7, between(9, 12))):
+            W = 3 * draw_matrix(m, n)
+            U, S, Vh = pieces(W, r)
+            right, _, directions = torch.linalg.svd(W, full_matrices=False)
+            error = ((W - (U * S) @ Vh).norm() / eckart_young_error(W, r)[0]).item()
+            if error <= 1 + 1e-6:
+                continue
+            signs = close_in_norm(U.abs(), right[:, :r].abs()) and close_in_norm(Vh.abs(), directions[:r].abs())
+            raise Wrong(
+                with_note(
+                    f"put together again, your pieces leave {error:.2f} times the error that r right ones leave",
+                    "each direction is right, but the signs of U and of Vh do not belong together" if signs else "",
+                ),
+                "Does row i of Vh belong to column i of U? torch.svd returns V, and not Vh.",
+                "Take all three factors from one call of torch.linalg.svd(W, full_matrices=False).",
+            )
+
+    steps = [
+        ("U is (m, r), S is (r,) and Vh is (r, n)", shapes),
+        ("S holds the r largest singular values", values),
+        ("the directions are orthogonal unit vectors", directions),
+        ("put together again, the pieces come as close to W as r of them can", best),
+    ]
+    return run_steps("Truncated SVD", steps, hint)
