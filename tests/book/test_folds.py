@@ -6,7 +6,7 @@ import shutil
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from lora_edu.course.notebooks.stored import normalise, write
+from lora_edu.course.notebooks.stored import LESSONS, find_notebook, normalise, read, write
 from lora_edu.course.publish import book
 from lora_edu.course.publish.export import export
 
@@ -106,3 +106,14 @@ def test_slides_leave_folded_code_out_and_let_outputs_wait(lesson, tmp_path):
     assert len(waiting) == 1  # the second drawing waits for its cell's key press
     assert "the answer" in waiting[0]
     assert re.search(r"<details open[^>]*>\s*<summary>Answer</summary>", body)
+
+
+def test_a_your_turn_cell_shows_its_stub_and_folds_its_solution(tmp_path):
+    path = find_notebook("01", LESSONS)
+    book._stage_notebook(path, tmp_path / path.name)
+    cells = read(tmp_path / path.name).cells
+    turns = [index for index, cell in enumerate(cells) if "your-turn" in cell.metadata.get("tags", [])]
+    assert turns
+    for index in turns:
+        assert "hide-input" in cells[index].metadata.tags
+        assert cells[index - 1].source == f"```python\n{cells[index].metadata.stub}\n```"

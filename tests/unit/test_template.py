@@ -88,12 +88,12 @@ def test_a_your_turn_cell_that_would_not_work(notebook, said):
 
 
 def test_use_goes_on_with_what_passes(capsys):
-    def check(candidate):
+    def check(candidate, hint=1):
         def doubles():
             if candidate(3) != 6:
                 raise Wrong("3 becomes something else than 6", "What is twice three?", "Write 2 * x.")
 
-        return run_steps("double", [("3 becomes 6", doubles)])
+        return run_steps("double", [("3 becomes 6", doubles)], hint)
 
     def right(x):
         return 2 * x
@@ -106,6 +106,8 @@ def test_use_goes_on_with_what_passes(capsys):
     for candidate in (stub, abs):
         assert checks.use(candidate, otherwise=right, check=check) is right
         assert "Until yours passes, the lesson goes on with the library's right." in capsys.readouterr().out
+    checks.use(abs, otherwise=right, check=check, hint=3)
+    assert "Write 2 * x." in capsys.readouterr().out
 
 
 def test_words_are_those_that_a_reader_reads():

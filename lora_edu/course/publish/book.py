@@ -21,6 +21,7 @@ from lora_edu.course.notebooks.stored import (
     read,
     write,
 )
+from lora_edu.course.notebooks.your_turn import TAG
 from lora_edu.course.publish.lesson_map import fill, read_lessons
 from lora_edu.files import ROOT
 
@@ -103,6 +104,7 @@ def stage(executed: Path, seconds: dict[str, float], target: Path = SOURCE) -> N
 
 
 def _stage_notebook(path: Path, target: Path, names: list[str] | None = None) -> None:
+    """Write a notebook as the book shows it: links to pages, solutions folded, a stub before each *Your turn*."""
     notebook = read(path)
     _head_tiers(notebook)
     for cell in notebook.cells:
@@ -110,6 +112,11 @@ def _stage_notebook(path: Path, target: Path, names: list[str] | None = None) ->
             cell.source = _relink(cell.source, "../" * (len(target.parent.parts) - len(SOURCE.parts)))
         if "solution" in cell.metadata.get("tags", []):
             _fold(cell)
+    for index in reversed([i for i, cell in enumerate(notebook.cells) if TAG in cell.metadata.get("tags", [])]):
+        _fold(notebook.cells[index])
+        stub = nbformat.v4.new_markdown_cell(f"```python\n{notebook.cells[index].metadata.stub}\n```")
+        stub["id"] = f"{notebook.cells[index]['id']}-stub"
+        notebook.cells.insert(index, stub)
     if names:
         links = "\n".join(f"- {{py:obj}}`{name}`" for name in names)
         cell = nbformat.v4.new_markdown_cell(f"## In the library\n\nWhat this lesson builds or uses first:\n\n{links}")
