@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lora_edu.course.checks.report import Wrong, run_steps
+from lora_edu.course.checks.report import Wrong, drawn_from, run_steps
 
 
 def fine():
@@ -98,3 +98,18 @@ def test_unknown_hint(hint):
 def test_no_steps():
     with pytest.raises(ValueError, match="no steps"):
         run_steps("layer", [])
+
+
+def test_a_grader_says_what_is_drawn(monkeypatch):
+    drawn = []
+
+    def step():
+        drawn.append((random.random(), np.random.rand(), torch.rand(1).item()))
+
+    monkeypatch.setenv("LORA_EDU_CHECK_SEED", "1")
+    for seed in (5, 5, 0):
+        with drawn_from(seed):
+            run_steps("layer", [("draws", step)])
+    run_steps("layer", [("draws", step)])
+    assert drawn[0] == drawn[1]
+    assert len({*drawn}) == 3
