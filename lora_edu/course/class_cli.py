@@ -118,7 +118,8 @@ def grade(
         skipped = [path for path in (*tables, roster, feedback) if path]
         found = handed_in(folder, unpacked, names, skipped=skipped)
         isolated = isolation.decide(lambda line: console.print(line, markup=False), require_isolation)
-        runner = stack.enter_context(Runner(jobs, isolated, hidden=[folder, unpacked], seed=seed))
+        hidden = [unpacked, *([folder] if folder.is_dir() else [])]
+        runner = stack.enter_context(Runner(jobs, isolated, hidden=hidden, seed=seed))
         books: list[Gradebook | Feedback] = []
         if csv:
             stack.enter_context(locked(csv))
@@ -128,6 +129,7 @@ def grade(
         rows = _grade_all(found, books, runner, Limits(seconds=time, memory=int(memory * 1024**3)))
     _print_table(rows)
     _print_the_others(found, names)
+    console.print(f"seed {runner.seed} (with --seed the checks draw the same again)", markup=False)
     if csv:
         console.print(f"wrote {tables[1]} (a row for each student) and {csv} (a row for each exercise)", markup=False)
     if feedback:
@@ -187,9 +189,8 @@ def _grade_all(
         try:
             return grade_class(found.submissions, runner, limits, done)
         except KeyboardInterrupt:
-            kept = "; their rows are written, and the same command begins again" if books else ""
+            kept = "; what came out is written, and stays until the same command has graded it again" if books else ""
             fail(f"stopped: {graded} of {len(found.submissions)} notebooks are graded{kept}", code=130)
-            raise
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -46,7 +46,7 @@ def _words(error: Exception) -> str:
     return text or type(error).__name__
 
 
-def fail(message: str, code: int = 1) -> None:
+def fail(message: str, code: int = 1) -> NoReturn:
     """Print one line to stderr and leave with an exit code."""
     errors.print("lora-edu: " + " ".join(message.split()), markup=False, style="red")
     raise typer.Exit(code)

@@ -214,7 +214,7 @@ def test_ctrl_c_loses_nothing(tmp_path, grade, says):
     hand_in(tmp_path / "class", {"ada": solved(), "ben": solved(), "cleo": solved()})
     says |= {"ben": "stop"}
     result = grade("--csv", tmp_path / "g.csv", "--feedback", tmp_path / "pages", code=130)
-    assert "stopped: 1 of 3 notebooks are graded; their rows are written" in result.stderr
+    assert "stopped: 1 of 3 notebooks are graded; what came out is written" in result.stderr
     found = {(row["student"], row["exercise"][:2]): row["status"] for row in rows(tmp_path / "g.csv")}
     assert found["ada", "A1"] == "passed"
     assert found["ben", ""] == found["cleo", ""] == "not graded yet"

@@ -167,12 +167,19 @@ def test_the_newest_of_several_versions(folder, sort):
     put(folder / "ada" / f"{NAME} (2).ipynb", b"{ cut off", age=0)
     found = sort()
     assert graded(found) == [("ada", NAME, f"ada/{NAME} (1).ipynb")]
+    said = reasons(found)
     words = f"ada also handed in ada/{NAME} (1).ipynb, which is newer and was graded"
-    assert {place for place, reason in reasons(found).items() if reason == words} == {
-        f"ada/{NAME}.ipynb",
-        "ada/final.ipynb",
-        f"ada/{NAME} (2).ipynb",
-    }
+    assert said[f"ada/{NAME}.ipynb"] == said["ada/final.ipynb"] == words
+    assert said[f"ada/{NAME} (2).ipynb"].startswith("not a notebook (")
+    assert said[f"ada/{NAME} (2).ipynb"].endswith(f"; ada/{NAME} (1).ipynb was graded in its place")
+
+
+def test_of_two_that_are_as_old_the_one_as_handed_out(folder, sort):
+    put(folder / "ada" / f"{NAME}.ipynb")
+    put(folder / "ada" / "final.ipynb")
+    found = sort()
+    assert graded(found) == [("ada", NAME, f"ada/{NAME}.ipynb")]
+    assert reasons(found) == {"ada/final.ipynb": f"ada also handed in ada/{NAME}.ipynb, which was graded"}
 
 
 # Zips.

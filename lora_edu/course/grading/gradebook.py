@@ -81,7 +81,7 @@ class Gradebook:
         self._let_go(before)
 
     def _let_go(self, keys: Iterable[tuple]) -> None:
-        """Remove rows of an earlier run, but neither a teacher's own nor those in which she wrote something."""
+        """Remove rows of an earlier run, but neither a teacher's own nor those that hold a teacher's words."""
         for key in keys:
             row = self.rows.pop(key)
             if not _is_ours(row):

@@ -93,11 +93,10 @@ def handed_in(
                 left.append(Left(student, one.place, str(error), one.path))
     submissions = []
     for (student, exercise), group in versions.items():
-        newest, *others = sorted(group, key=lambda one: age(one.path, exercise))
+        newest, *older = sorted(group, key=lambda one: age(one.path, exercise))
         files = None if newest.path.parent == folder else newest.path.parent
         submissions.append(Submission(student, exercise, newest.path, files, newest.place))
-        words = f"{student} also handed in {newest.place}, which is newer and was graded"
-        left += [Left(student, one.place, words, one.path) for one in others]
+        left += [Left(student, one.place, _instead(one, newest), one.path) for one in older]
     others = [one for one in found if not one.problem and not one.is_notebook]
     left += _without_a_notebook(others, {one.files for one in submissions if one.files}, names)
     submissions.sort(key=lambda one: (one.student.lower(), one.student, one.exercise))
@@ -117,6 +116,16 @@ def age(path: Path, exercise: str) -> tuple:
         readable = False
     name = path.stem.partition("__")[2] or path.stem
     return not readable, -path.stat().st_mtime, path.parent.name != "exercises", name != exercise, path
+
+
+def _instead(one: Found, graded: Found) -> str:
+    """Why another version was graded and not this one."""
+    try:
+        cells_of(one.path)
+    except NotebookError as error:
+        return f"{error}; {graded.place} was graded in its place"
+    newer = "is newer and " if graded.path.stat().st_mtime > one.path.stat().st_mtime else ""
+    return f"{one.owner} also handed in {graded.place}, which {newer}was graded"
 
 
 def _without_a_notebook(others: list[Found], folders: set[Path], names: dict[str, str]) -> list[Left]:

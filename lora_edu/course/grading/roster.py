@@ -56,8 +56,8 @@ def read_rows(path: Path) -> list[list[str]]:
 def on_roster(owners: Iterable[str], roster: Iterable[str]) -> dict[str, str]:
     """For each name of a folder the student's name: as the roster spells it, if that is one person without doubt.
 
-    Capitals and spaces do not count, nor does what Moodle adds to a name. Of two folders that would be the same
-    person's, neither is taken for hers: Moodle has two students of one name.
+    Capitals and spaces do not count, nor does what Moodle adds to a name. Where two folders would be one person's, both
+    keep their names: there may be two students of one name.
     """
     owners = list(owners)
     known: dict[str, set[str]] = {}

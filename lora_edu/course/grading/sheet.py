@@ -1,4 +1,4 @@
-"""A CSV file that a program and a teacher both write: ours are the named columns, the rest is hers and stays."""
+"""A CSV file that a program and a teacher both write: the columns named are ours, the rest is the teacher's."""
 
 import csv
 import io
@@ -9,7 +9,7 @@ from typing import Any
 from lora_edu.course.grading.roster import read_rows
 from lora_edu.files import write_atomically
 
-FOR_TEACHERS = ("rubric", "remark")  # columns that we leave empty, for her to fill in
+FOR_TEACHERS = ("rubric", "remark")  # columns that are theirs to fill in
 
 Cells = dict[str, Any]
 
