@@ -47,8 +47,11 @@ def cache_path(*parts: str) -> Path:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that a reader sees either the old one or the whole new one; its folder is made if missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", suffix=".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", suffix=".tmp")
+    except OSError as error:  # name the file, and not the draft
+        raise OSError(error.errno, error.strerror, str(path)) from None
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
@@ -72,6 +75,8 @@ def locked(path: Path) -> Iterator[None]:
         lock.acquire(blocking=False)
     except Timeout:
         raise RuntimeError(f"{path} is being written by another command: wait, or name another file") from None
+    except OSError as error:  # name the file, and not the lock
+        raise OSError(error.errno, error.strerror, str(path)) from None
     try:
         yield
     finally:

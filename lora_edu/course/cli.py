@@ -154,6 +154,7 @@ def check(
     A notebook that is neither in work/ nor the course's own is run as lora-edu grade runs it.
     """
     from lora_edu.course.grading.check import check_notebook
+    from lora_edu.course.grading.classroom import score
     from lora_edu.course.notebooks.work import exercise_to_check
 
     path = exercise_to_check(name)
@@ -166,8 +167,9 @@ def check(
             console.print(f"  {line}", markup=False)
     for trouble in found.troubles:
         console.print(f"✗ {trouble}", markup=False, style="red")
-    passed = sum(result.status == "passed" for result in found.results)
-    console.print(f"{passed} of {len(found.results)} passed")
+    console.print(score(result.status for result in found.results), markup=False)
+    if not found.results:
+        console.print(found.why_none, markup=False)
     if found.troubles or any(result.status not in CHECK_MARKS for result in found.results):
         raise typer.Exit(1)
 

@@ -1,12 +1,13 @@
 """How the command line speaks: one-line errors and one progress bar, in a terminal or in a log."""
 
+import errno
 import functools
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -32,13 +33,20 @@ def friendly(command: Callable[..., Any]) -> Callable[..., Any]:
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
             if os.environ.get("LORA_EDU_DEBUG"):
                 raise
-            text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-            fail(text or type(error).__name__)
+            fail(_words(error))
 
     return run
 
 
-def fail(message: str, code: int = 1) -> None:
+def _words(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        closed = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+        return f"{error.filename}: {error.strerror}" + ("; choose a place that is open to you" if closed else "")
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    return text or type(error).__name__
+
+
+def fail(message: str, code: int = 1) -> NoReturn:
     """Print one line to stderr and leave with an exit code."""
     errors.print("lora-edu: " + " ".join(message.split()), markup=False, style="red")
     raise typer.Exit(code)

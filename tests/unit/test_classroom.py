@@ -1,7 +1,6 @@
 """Grading a class: right and wrong answers get what they deserve, and no notebook stops or harms the class."""
 
 import contextlib
-import csv
 import hashlib
 import os
 import shutil
@@ -10,22 +9,25 @@ import subprocess
 import sys
 import time
 
+import nbformat
 import psutil
 import pytest
+from classes import NAME, hand_in, solved, untouched
 from nbformat.v4 import new_code_cell, new_notebook
 from typer.testing import CliRunner
 
 from lora_edu.course.checks import CHECKS
 from lora_edu.course.cli import app
-from lora_edu.course.grading import check, isolation, station
-from lora_edu.course.grading.classroom import LONGEST, grade_class, handed_in, write_csv
+from lora_edu.course.grading import check, isolation, progress, station
+from lora_edu.course.grading.classroom import grade_class
 from lora_edu.course.grading.client import Outcome
+from lora_edu.course.grading.handed_in import handed_in
 from lora_edu.course.grading.runner import Runner
-from lora_edu.course.grading.submissions import checks_of, collect, line_up, reaching
+from lora_edu.course.grading.submissions import checks_of, line_up, reaching
+from lora_edu.course.grading.texts import LONGEST
 from lora_edu.course.grading.watch import Limits
-from lora_edu.course.notebooks.stored import EXERCISES, SOLUTIONS, list_notebooks, read, write
+from lora_edu.course.notebooks.stored import EXERCISES, SOLUTIONS, list_notebooks, write
 
-NAME = "00_start_here"
 LIMITS = Limits(seconds=4, memory=1024**3 // 2, processes=16, file_bytes=64 * 1024**2)
 SECRET = "LORA_EDU_TEST_TOKEN"
 NO_ISOLATION = isolation.unavailable()
@@ -84,29 +86,30 @@ with open(f"/proc/{os.getppid()}/mem", "r+b") as memory:
 KILLS_IT = """import os, signal, time
 os.kill(os.getppid(), signal.SIGKILL)
 time.sleep(9)"""
+SET_UP = """import sys
+!pip install there-is-no-such-package
+%pip install there-is-no-such-package
+%conda install there-is-no-such-package
+packages = !pip list
+if True:
+    !{sys.executable} -m pip install there-is-no-such-package
+from google.colab import drive, files as colab_files
+import google.colab
+drive.mount("/content/drive")
+uploaded = colab_files.upload()
+google.colab.output.clear()
+%tensorflow_version 2.x
+%load_ext google.colab.data_table
+!no-such-program
+try:
+    import google.colab
+    on_colab = True
+except ImportError:
+    on_colab = False
+went_on = not on_colab"""
 PLACES = "('.', '/tmp', '/dev/shm', os.path.expanduser('~'))"
 LEAVES = f"import os\nfor place in {PLACES}: open(f'{{place}}/left', 'w').write('the answer')"
 LOOKS = f"import os\nassert not [place for place in {PLACES} if os.path.exists(f'{{place}}/left')]"
-
-
-def solved(*, first="", softmax="", before_second=""):
-    """The solutions notebook, with a cell before the first exercise, another first answer, a cell before the second."""
-    notebook = read(SOLUTIONS / f"{NAME}.ipynb")
-    checks = [index for index, cell in enumerate(notebook.cells) if "check" in cell.metadata.get("tags", [])]
-    if before_second:
-        notebook.cells.insert(checks[0] + 1, new_code_cell(before_second))
-    if softmax:
-        notebook.cells[checks[0] - 1].source = f"def softmax(logits):\n{softmax}"
-    notebook.cells.insert(2, new_code_cell(first))
-    return notebook
-
-
-def untouched(first="", later=""):
-    """The exercise as it was handed out, with a cell at its beginning and one before the first check."""
-    notebook = read(EXERCISES / f"{NAME}.ipynb")
-    notebook.cells.insert(4, new_code_cell(later))
-    notebook.cells.insert(2, new_code_cell(first))
-    return notebook
 
 
 def reads(path):
@@ -223,6 +226,29 @@ ODD = {
         "passed",
         "passed",
     ),
+    "set-up lines": (
+        solved(first=SET_UP, softmax=f"    assert went_on\n{RIGHT}"),
+        "passed",
+        "passed",
+    ),
+    "fails after set-up": (
+        solved(first=f"{SET_UP}\n1 / 0", softmax=f"    assert went_on\n{RIGHT}"),
+        "passed: cell 2 raised ZeroDivisionError",
+        "passed",
+    ),
+    "crashing check": (
+        solved(check="checks.softmax_by_hand(softmax)\nnothing_here"),
+        "error: the cell that calls this check crashes; cell 5 raised NameError",
+        "passed",
+    ),
+    "unfinished check": (
+        solved(check="checks.softmax_by_hand(softmax"),
+        "error: the cell that calls this check crashes; cell 5 raised SyntaxError",
+        "passed",
+    ),
+    "asserts": (solved(check="assert checks.softmax_by_hand(softmax), 'not yet'"), "passed", "passed"),
+    "mark": (b"\xef\xbb\xbf" + nbformat.writes(solved()).encode(), "passed", "passed"),
+    "nbformat 3": (nbformat.v3.writes_json(nbformat.convert(solved(), 3)), "passed", "passed"),
     "uses the report": (
         solved(first="from lora_edu.course import checks\nchecks.softmax_by_hand(1).status"),
         "passed",
@@ -242,17 +268,6 @@ ODD = {
 }  # fmt: skip
 
 
-def hand_in(folder, notebooks):
-    for student, notebook in notebooks.items():
-        path = folder / student / f"{NAME}.ipynb"
-        path.parent.mkdir(parents=True)
-        if isinstance(notebook, str | bytes):
-            path.write_bytes(notebook.encode() if isinstance(notebook, str) else notebook)
-        else:
-            write(notebook, path)
-    return folder
-
-
 def state(folder):
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
@@ -260,7 +275,7 @@ def state(folder):
 
 def graded(runner, folder, limits=LIMITS):
     table = {}
-    for row in grade_class(handed_in(folder)[0], runner, limits, lambda rows: None):
+    for row in grade_class(handed_in(folder, folder).submissions, runner, limits, lambda rows: None):
         table.setdefault(row.student, []).append(row)
     return table
 
@@ -362,6 +377,44 @@ def test_nothing_passes_from_one_student_to_the_next(isolated):
         for source in (LEAVES, LOOKS):
             outcome = other.run([(0, source)], [], LIMITS)
             assert (outcome.ended, outcome.troubles) == ("ended", [])
+
+
+@needs_fork
+def test_a_result_can_be_had_again_by_its_seed(runner, tmp_path, monkeypatch):
+    """What the check drew is in the symptom."""
+    shown = solved(softmax="    raise ValueError(logits.flatten().tolist()[:3])")
+    hand_in(tmp_path, {"ada": shown, "ben": shown})
+    found = []
+    for seed in (1, 1, 2):
+        monkeypatch.setattr(runner, "seed", seed)
+        ada, ben = graded(runner, tmp_path).values()
+        assert (ada[0].symptom, ada[0].seed) == (ben[0].symptom, seed)
+        found.append(ada[0].symptom)
+    assert found[0] == found[1] != found[2]
+    assert "ValueError: [" in found[0]
+
+
+@needs_fork
+def test_check_grade_and_progress_count_alike(tmp_path, runner, monkeypatch):
+    borrow(runner, monkeypatch)
+    monkeypatch.setattr(progress, "Runner", lambda **_: contextlib.nullcontext(runner))
+    folder = tmp_path / "class" / "ada"
+    notebook = solved(check="checks.softmax_by_hand(softmax)\n1 / 0", softmax=RIGHT)
+    write(notebook, folder / f"mine ({NAME}).ipynb")
+    lines = {
+        command: CliRunner().invoke(app, [command, str(path)]).stdout
+        for command, path in (
+            ("check", folder / f"mine ({NAME}).ipynb"),
+            ("grade", folder.parent),
+            ("progress", folder),
+        )
+    }
+    assert "\n1 of 2 passed" in lines["check"]
+    assert "✗ A1 Softmax – error: the cell that calls this check crashes" in lines["check"]
+    assert "✓ B1 Masked cross-entropy – passed" in lines["check"]
+    assert f"ada, {NAME}: 1 of 2 passed" in lines["grade"]
+    assert f"{NAME:32} 1 of 2   ✗ A1  ✓ B1" in lines["progress"]
+    assert "1 of 2 checked exercises pass" in lines["progress"]
 
 
 @needs_fork
@@ -478,8 +531,8 @@ def test_checking_a_strangers_notebook(tmp_path, isolated, monkeypatch):
     result = CliRunner().invoke(app, ["check", str(tmp_path / "ada" / f"{NAME}.ipynb")])
     assert result.exit_code == 1
     assert f"{NAME} ({tmp_path / 'ada'})" in result.output
-    assert "✗ Softmax – failed: some of your probabilities" in result.output
-    assert "✓ Masked cross-entropy – passed" in result.output
+    assert "✗ A1 Softmax – failed: some of your probabilities" in result.output
+    assert "✓ B1 Masked cross-entropy – passed" in result.output
     assert "1 of 2 passed" in result.output
     assert "raised" not in result.output
 
@@ -498,15 +551,29 @@ def test_checking_ones_own_notebook(tmp_path, runner, monkeypatch):
     result = CliRunner().invoke(app, ["check", str(tmp_path / "exercises" / f"{NAME} (1).ipynb")])
     assert result.exit_code == 1
     lines = result.output.splitlines()
-    assert lines[1].startswith("✗ Softmax – failed: some of your probabilities")
+    assert lines[1].startswith("✗ A1 Softmax – failed: some of your probabilities")
     assert lines[2].startswith("  ")
     assert lines[2].endswith("?")
     assert lines[3:] == [
-        "✓ Masked cross-entropy – passed",
+        "✓ B1 Masked cross-entropy – passed",
         "✗ cell 2 raised ZeroDivisionError: division by zero",
         "1 of 2 passed",
     ]
     assert (tmp_path / "exercises" / "left.txt").exists()
+
+
+def test_what_0_of_0_means(tmp_path, nothing_runs):
+    for source, reason in (
+        (EXERCISES.parent / f"{NAME}.ipynb", f"it is the lesson {NAME} itself, without its exercises"),
+        (None, "no cell and no name in it is that of an exercise notebook"),
+    ):
+        path = source or tmp_path / "mine.ipynb"
+        if not source:
+            write(new_notebook(cells=[new_code_cell("1")]), path)
+        result = CliRunner().invoke(app, ["check", str(path)])
+        assert result.exit_code == 0
+        assert "0 of 0 passed, because nothing here has a check" in result.output
+        assert f"{reason}; the exercises lie in {EXERCISES}" in result.output
 
 
 def test_whose_notebook_it_is(tmp_path):
@@ -517,7 +584,7 @@ def test_whose_notebook_it_is(tmp_path):
     assert not check.is_own(check.WORK / ".." / "00.ipynb")
 
 
-# Collecting, and the table.
+# Lining up with the checks, and errors.
 
 
 @pytest.mark.parametrize("path", list_notebooks(EXERCISES), ids=lambda path: path.stem)
@@ -540,36 +607,6 @@ def test_where_a_check_is_called():
     assert (first.after, first.hint, second.after) == (3, 1, None)
 
 
-def test_collecting(tmp_path):
-    for name in (
-        "ada/00_start_here.ipynb",
-        "ada/exercises/01_low_rank_svd.ipynb",
-        "ada/01_low_rank_svd.ipynb",
-        "ada/.ipynb_checkpoints/03_lora_layer.ipynb",
-        "ben__00_start_here.ipynb",
-        "03_lora_layer.ipynb",
-        "cleo/00_start_here (1).ipynb",
-        "dan/notes.txt",
-    ):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("{}")
-    (tmp_path / "eve").mkdir()
-    (tmp_path / "eve" / "00_start_here.ipynb").symlink_to(tmp_path / "ada" / "00_start_here.ipynb")
-    found, left = collect(tmp_path)
-    assert [(one.student, one.exercise, one.path.parent.name) for one in found] == [
-        ("ada", "00_start_here", "ada"),
-        ("ada", "01_low_rank_svd", "exercises"),
-        ("ben", "00_start_here", tmp_path.name),
-    ]
-    assert found[2].files is None
-    reasons = {path.as_posix(): reason for path, reason in left}
-    assert "no student in the name" in reasons["03_lora_layer.ipynb"]
-    assert "ada also handed in ada/exercises/01_low_rank_svd.ipynb" in reasons["ada/01_low_rank_svd.ipynb"]
-    assert "no exercise notebook has this name" in reasons["cleo/00_start_here (1).ipynb"]
-    assert "a link" in reasons["eve/00_start_here.ipynb"]
-    assert len(reasons) == 4
-
-
 @pytest.mark.parametrize(
     ("source", "named"),
     [
@@ -582,27 +619,6 @@ def test_collecting(tmp_path):
 )
 def test_what_reaches_for_the_grader_is_named(source, named):
     assert [name.rstrip("= (") for name in reaching([(0, source)], EXERCISES / f"{NAME}.ipynb")] == named
-
-
-@needs_fork
-def test_the_table(tmp_path, runner, monkeypatch):
-    borrow(runner, monkeypatch)
-    hand_in(tmp_path / "class", {"ada": solved(), "=cmd()": untouched()})
-    (tmp_path / "class" / "stray\x1b.ipynb").write_text("{}")
-    table = tmp_path / "out" / "class.csv"
-    result = CliRunner().invoke(app, ["grade", str(tmp_path / "class"), "--csv", str(table), "--jobs", "2"])
-    assert result.exit_code == 0, result.output
-    assert "not recognised: stray .ipynb" in result.output
-    assert "2 of 2" in result.output
-    rows = list(csv.DictReader(table.open(encoding="utf-8")))
-    assert list(rows[0]) == ["student", "notebook", "exercise", "status", "symptom", "seconds"]
-    assert [(row["student"], row["exercise"], row["status"]) for row in rows] == [
-        ("'=cmd()", "A1 softmax_by_hand", "not done"),
-        ("'=cmd()", "B1 masked_cross_entropy", "not done"),
-        ("ada", "A1 softmax_by_hand", "passed"),
-        ("ada", "B1 masked_cross_entropy", "passed"),
-    ]
-    assert [path.name for path in table.parent.iterdir()] == ["class.csv"]
 
 
 @pytest.mark.parametrize(
@@ -628,16 +644,6 @@ def test_a_station_that_does_not_start(tmp_path, monkeypatch):
     with Runner(isolated=True) as runner:
         outcome = runner.run([], [], LIMITS)
     assert outcome == Outcome(words="the process that runs notebooks does not answer: no room")
-
-
-def test_the_table_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = tmp_path / "class.csv"
-    path.write_text("old")
-    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
-        write_csv([], path)
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("command", ["handout", "grade", "check", "progress"])

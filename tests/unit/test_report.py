@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lora_edu.course.checks import autograding
-from lora_edu.course.checks.report import Wrong, run_steps
+from lora_edu.course.checks.report import Wrong, drawn_from, run_steps
 
 
 def fine():
@@ -111,3 +111,18 @@ def test_under_nbgrader_a_check_without_a_notebook_raises_unless_all_is_right(mo
     with pytest.raises(autograding.NotPassed, match=r"layer: 0 of 1 steps right\nnot done yet"):
         run_steps("layer", [("a", missing)])
     assert "✗ the update" in capsys.readouterr().out
+
+
+def test_a_grader_says_what_is_drawn(monkeypatch):
+    drawn = []
+
+    def step():
+        drawn.append((random.random(), np.random.rand(), torch.rand(1).item()))
+
+    monkeypatch.setenv("LORA_EDU_CHECK_SEED", "1")
+    for seed in (5, 5, 0):
+        with drawn_from(seed):
+            run_steps("layer", [("draws", step)])
+    run_steps("layer", [("draws", step)])
+    assert drawn[0] == drawn[1]
+    assert len({*drawn}) == 3

@@ -5,12 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_edu.course.grading import isolation
-from lora_edu.course.grading.classroom import missing, plain
+from lora_edu.course.grading.classroom import missing
 from lora_edu.course.grading.client import Verdict
+from lora_edu.course.grading.recognise import recognise
 from lora_edu.course.grading.runner import Runner
 from lora_edu.course.grading.submissions import Check, checks_of, code_cells, line_up
+from lora_edu.course.grading.texts import plain
 from lora_edu.course.grading.watch import Limits
-from lora_edu.course.notebooks.stored import EXERCISES, LESSONS, list_notebooks
+from lora_edu.course.notebooks.stored import EXERCISES, LESSONS, NotebookError
 from lora_edu.course.notebooks.work import WORK
 
 LIMITS = Limits(seconds=600, memory=64 * 1024**3, file_bytes=4 * 1024**3)  # of one's own notebooks
@@ -19,7 +21,7 @@ LONGEST = 1000  # characters of a line
 
 @dataclass(frozen=True)
 class Result:
-    """What one check says: its title, the status, what is wrong, and the hints that the notebook asks for."""
+    """What one check says: the task and its title, the status, what is wrong, the hints that the notebook asks for."""
 
     title: str
     status: str
@@ -29,10 +31,14 @@ class Result:
 
 @dataclass(frozen=True)
 class Checked:
-    """One notebook: what its checks say, and one line for each thing that went wrong in its other cells."""
+    """One notebook: what its checks say, and one line for each thing that went wrong in its other cells.
+
+    ``why_none`` says why there is no check to call, where there is none.
+    """
 
     results: list[Result]
     troubles: list[str]
+    why_none: str = ""
 
 
 def check_notebook(path: Path, say: Callable[[str], None] = print, require_isolation: bool = False) -> Checked:
@@ -52,7 +58,13 @@ def check_notebook(path: Path, say: Callable[[str], None] = print, require_isola
     """
     cells = code_cells(path)
     own = is_own(path)
-    checks = line_up(checks_of(exercise_of(path)), cells)
+    try:
+        exercise, why_none = EXERCISES / f"{recognise(path, EXERCISES)}.ipynb", ""
+    except NotebookError as error:
+        exercise, why_none = path, f"{error}; the exercises lie in {EXERCISES}"
+    checks = line_up(checks_of(exercise), cells)
+    if not checks:
+        return Checked([], [], why_none)
     isolated = not own and isolation.decide(say, require_isolation)
     with Runner(isolated=isolated, own=own, hidden=[path.parent]) as runner:
         if own:
@@ -67,15 +79,11 @@ def check_notebook(path: Path, say: Callable[[str], None] = print, require_isola
 def _result(check: Check, verdict: Verdict) -> Result:
     words = "" if verdict.status in ("passed", "not done") else plain(verdict.symptom, LONGEST)
     hints = [plain(text, LONGEST) for text in (verdict.question, verdict.fix)[: check.hint - 1] if text]
-    return Result(plain(verdict.title) or check.label, verdict.status, words, hints)
+    letter, _, name = check.label.rpartition(" ")
+    return Result(f"{letter} {plain(verdict.title) or name}".strip(), verdict.status, words, hints)
 
 
 def is_own(path: Path) -> bool:
     """Whether a notebook is the learner's own copy, or the course's."""
     path = path.resolve()
     return path.is_relative_to(WORK.resolve()) or path.is_relative_to(LESSONS)
-
-
-def exercise_of(path: Path) -> Path:
-    """The course's exercise notebook whose name a file's name begins with ("03_lora_layer (1).ipynb"); else itself."""
-    return next((one for one in list_notebooks(EXERCISES) if path.stem.startswith(one.stem)), path)

@@ -1,32 +1,49 @@
-"""``lora-edu grade``: every notebook of a class through the runner, and one table of what came out."""
+"""``lora-edu grade``: every notebook of a class through the runner, and a row for each exercise of what came out."""
 
-import csv
-import io
+import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from lora_edu.course.grading.client import Outcome, Verdict
+from lora_edu.course.grading.handed_in import Submission
 from lora_edu.course.grading.runner import Runner
-from lora_edu.course.grading.submissions import Submission, checks_of, code_cells, collect, line_up, reaching
+from lora_edu.course.grading.submissions import checks_of, code_cells, line_up, reaching
+from lora_edu.course.grading.texts import plain
 from lora_edu.course.grading.watch import Limits
 from lora_edu.course.notebooks.stored import EXERCISES, NotebookError
-from lora_edu.files import ROOT, write_atomically
-
-LONGEST = 200  # characters of a symptom in the table
 
 
 @dataclass(frozen=True)
 class Row:
-    """One exercise of one student. ``status`` is passed, failed, not done, error, timeout or memory."""
+    """One exercise of one student.
+
+    Attributes:
+        student: as in the class's folder, or on the roster.
+        notebook: the exercise notebook.
+        exercise: the task's letter and the check, "A1 lora_forward".
+        status: passed, failed, not done, error, timeout or memory.
+        symptom: what is wrong, and what went wrong in the cells before.
+        seconds: that it took.
+        points: for the steps that are right, ``of`` so many.
+        file: where the notebook lies in the class's folder, and the beginning of its SHA-256.
+        seed: what the check drew from.
+        verdict: all that the check said.
+    """
 
     student: str
     notebook: str
     exercise: str
     status: str
-    symptom: str
-    seconds: float
+    symptom: str = ""
+    seconds: float = 0.0
+    points: int = 0
+    of: int = 0
+    file: str = ""
+    file_hash: str = ""
+    seed: int = 0
+    verdict: Verdict = field(default_factory=lambda: Verdict("error"))
 
 
 def grade_class(
@@ -57,22 +74,6 @@ def grade_class(
     return [row for one in running.values() for row in rows[one]]
 
 
-def handed_in(folder: Path, exercises: Path = EXERCISES) -> tuple[list[Submission], list[tuple[Path, str]]]:
-    """What ``submissions.collect`` finds, which must be something.
-
-    Raises:
-        NotebookError: if nothing was handed in there, or the folder holds the course itself.
-    """
-    folder = folder.resolve()
-    if ROOT.is_relative_to(folder):
-        raise NotebookError(f"{folder} holds the course itself: put the submissions into a folder of their own")
-    submissions, left = collect(folder, exercises)
-    if not submissions:
-        reasons = f" ({left[0][0]}: {left[0][1]})" if left else ""
-        raise NotebookError(f"{folder} holds no notebook that is recognised{reasons}")
-    return submissions, left
-
-
 def grade_one(one: Submission, runner: Runner, limits: Limits, exercises: Path = EXERCISES) -> list[Row]:
     """The rows of one submission: one for each check of its exercise notebook, whatever the submission is or does."""
     exercise = exercises / f"{one.exercise}.ipynb"
@@ -85,13 +86,41 @@ def grade_one(one: Submission, runner: Runner, limits: Limits, exercises: Path =
             note = f"read this notebook: it names {', '.join(reached)[:80]}"
     except Exception as error:  # whatever a file holds, it is this row's matter and no other's
         outcome = Outcome(words=str(error) if isinstance(error, OSError | NotebookError) else repr(error))
-    rows = []
+    rows, file_hash = [], short_hash(one.path)
     for check in checks:
         verdict = outcome.verdicts.get(check.label, missing(outcome))
         words = [verdict.symptom, *verdict.notes, note if verdict.status == "passed" else ""]
-        symptom = plain("; ".join(filter(None, words)))
-        rows.append(Row(plain(one.student), one.exercise, check.label, verdict.status, symptom, verdict.seconds))
+        rows.append(
+            Row(
+                student=plain(one.student),
+                notebook=one.exercise,
+                exercise=check.label,
+                status=verdict.status,
+                symptom=plain("; ".join(filter(None, words))),
+                seconds=verdict.seconds,
+                points=verdict.points(check.worth),
+                of=check.worth,
+                file=one.place,
+                file_hash=file_hash,
+                seed=runner.seed,
+                verdict=verdict,
+            )
+        )
     return rows
+
+
+def short_hash(path: Path | None) -> str:
+    """The beginning of a file's SHA-256, "sha256:3fa29c0d12ab"; nothing if it is no file that can be read.
+
+    The name before it keeps spreadsheets from reading a hash like 12e45 as a number.
+    """
+    if path is None or path.is_symlink() or not path.is_file():
+        return ""
+    try:
+        with path.open("rb") as file:
+            return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()[:12]}"
+    except OSError:
+        return ""
 
 
 def missing(outcome: Outcome) -> Verdict:
@@ -103,26 +132,6 @@ def missing(outcome: Outcome) -> Verdict:
     )
 
 
-def plain(text: str, longest: int = LONGEST) -> str:
-    """One line of printable characters: a symptom may quote what a student wrote."""
-    text = text.encode("utf-8", "replace").decode("utf-8")
-    text = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
-    return text if len(text) <= longest else text[: longest - 1] + "…"
-
-
-def write_csv(rows: Iterable[Row], path: Path) -> None:
-    """Write the table whole or not at all. A text that a spreadsheet would take for a formula gets an apostrophe."""
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow([field.name for field in fields(Row)])
-    table.writerows([[_harmless(value) for value in astuple(row)] for row in rows])
-    write_atomically(path, text.getvalue().encode())
-
-
-def _harmless(value: object) -> object:
-    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@")) else value
-
-
 def by_notebook(rows: Iterable[Row]) -> Iterator[tuple[str, str, list[Row]]]:
     """The rows grouped by student and notebook, in their order."""
     groups: dict[tuple[str, str], list[Row]] = {}
@@ -130,3 +139,10 @@ def by_notebook(rows: Iterable[Row]) -> Iterator[tuple[str, str, list[Row]]]:
         groups.setdefault((row.student, row.notebook), []).append(row)
     for (student, notebook), group in groups.items():
         yield student, notebook, group
+
+
+def score(statuses: Iterable[str], words: str = "passed") -> str:
+    """How many exercises pass, of how many: what ``check``, ``grade`` and ``progress`` all say."""
+    statuses = list(statuses)
+    reason = "" if statuses else ", because nothing here has a check"
+    return f"{statuses.count('passed')} of {len(statuses)} {words}{reason}"

@@ -28,6 +28,7 @@ from lora_edu.course.grading.watch import Watch
 OUT_OF_MEMORY = ("DefaultCPUAllocator", "Cannot allocate memory", "MemoryError")
 LATE = "took more than half of the time that was left"
 LONGEST = 1000  # characters of what a notebook says
+MOST_STEPS = 100  # of a check
 SILENT = logging.getLogger("lora_edu.grading")
 SILENT.addHandler(logging.NullHandler())
 SILENT.propagate = False
@@ -42,6 +43,7 @@ class Verdict:
         symptom: what is wrong; ``title``, ``question`` and ``fix`` are those of ``checks.Report`` too.
         seconds: since the last check.
         notes: what went wrong in the cells since the last check.
+        right: its steps that were right; ``step`` is the one that stopped it, ``waiting`` are those after that.
     """
 
     status: str
@@ -51,6 +53,15 @@ class Verdict:
     title: str = ""
     question: str = ""
     fix: str = ""
+    right: tuple[str, ...] = ()
+    step: str = ""
+    waiting: tuple[str, ...] = ()
+
+    def points(self, worth: int) -> int:
+        """Of the points for a right answer, those for the steps that are right; whole ones."""
+        if self.status == "passed":
+            return worth
+        return worth * len(self.right) // (len(self.right) + 1 + len(self.waiting))
 
 
 @dataclass
@@ -72,9 +83,18 @@ class GradingClient(NotebookClient):
         station: where to run.
         watch: the thread that holds the limits.
         folder: the kernel's working directory.
+        seed: what the checks draw from.
     """
 
-    def __init__(self, cells: list[tuple[int, str]], checks: list[Check], station: Station, watch: Watch, folder: str):
+    def __init__(
+        self,
+        cells: list[tuple[int, str]],
+        checks: list[Check],
+        station: Station,
+        watch: Watch,
+        folder: str,
+        seed: int,
+    ):
         # What each cell is: the preparation (None), a cell of the notebook (its place), or a check.
         self.parts: list[int | Check | None] = [None]
         sources = [f"__import__({kernel.__name__!r}, fromlist=['*']).prepare({folder!r}, {asdict(watch.limits)!r})"]
@@ -94,7 +114,9 @@ class GradingClient(NotebookClient):
             on_cell_error=self._failed,
             log=SILENT,
         )
-        self.station, self.watch, self.outcome = station, watch, Outcome()
+        self.station, self.watch, self.seed, self.outcome = station, watch, seed, Outcome()
+        self.calling = {check.after for check in checks}  # the places of the cells that call a check
+        self.crashed: dict[int | None, tuple[str, str]] = {}  # what came out of each cell that raised something
         self.told, self.since = 0, time.monotonic()
         self.error: tuple[str, str] | None = None
         self.nonce, self.said = "", dict[str, Any]()
@@ -141,7 +163,7 @@ class GradingClient(NotebookClient):
         self.error, self.nonce, self.said = None, secrets.token_hex(), {}
         if isinstance(part, Check):
             self.watch.step = part.label
-            call = {"name": part.name, "arguments": part.arguments, "nonce": self.nonce}
+            call = {"name": part.name, "arguments": part.arguments, "nonce": self.nonce, "seed": self.seed}
             cell.source = f"%%{kernel.MAGIC}\n{json.dumps(call)}"
         elif student:
             self.watch.step = f"cell {part}"
@@ -149,9 +171,12 @@ class GradingClient(NotebookClient):
         cell = await super().async_execute_cell(cell, cell_index, execution_count, store_history=student)
         late = time.monotonic() - began >= share
         if isinstance(part, Check):
-            self.outcome.verdicts[part.label] = self._verdict(late)
+            self.outcome.verdicts[part.label] = self._verdict(part, late)
         elif student and self.error:
-            self.outcome.troubles.append(f"cell {part} {explain(*self.error, late)[1]}")
+            asserted = part in self.calling and self.error[0] == "AssertionError"
+            if not asserted:  # ``assert checks.name(…)`` fails here, because the report comes after it
+                self.crashed[part] = explain(*self.error, late)
+                self.outcome.troubles.append(f"cell {part} {self.crashed[part][1]}")
         elif self.error:
             raise RuntimeError(": ".join(self.error))
         elif part is None:
@@ -177,7 +202,7 @@ class GradingClient(NotebookClient):
         content = execute_reply["content"]
         self.error = str(content.get("ename", "")), str(content.get("evalue", ""))
 
-    def _verdict(self, late: bool) -> Verdict:
+    def _verdict(self, check: Check, late: bool) -> Verdict:
         troubles, said = self.outcome.troubles, self.said
         notes, self.told = tuple(troubles[self.told :]), len(troubles)
         status, symptom = str(said.get("status", "error")), str(said.get("symptom", ""))
@@ -190,9 +215,18 @@ class GradingClient(NotebookClient):
             status, symptom = "error", "the check did not report"
         elif status == "failed" and any(words in symptom for words in OUT_OF_MEMORY):
             status = "memory"
+        elif status == "passed" and check.after in self.crashed:
+            status, symptom = self.crashed[check.after][0], "the cell that calls this check crashes"
         began, self.since = self.since, time.monotonic()
-        more = {name: str(said.get(name, "")) for name in ("title", "question", "fix")}
-        return Verdict(status, symptom[:LONGEST], round(self.since - began, 2), notes, **more)
+        words = {name: str(said.get(name, ""))[:LONGEST] for name in ("title", "question", "fix", "step")}
+        right, waiting = _texts(said.get("passed")), _texts(said.get("waiting"))
+        seconds = round(self.since - began, 2)
+        return Verdict(status, symptom[:LONGEST], seconds, notes, right=right, waiting=waiting, **words)
+
+
+def _texts(said: Any) -> tuple[str, ...]:
+    """The names of steps in a report; a notebook may have had its hands in it."""
+    return tuple(str(text)[:LONGEST] for text in said[:MOST_STEPS]) if isinstance(said, list) else ()
 
 
 def explain(name: str, value: str, late: bool = False) -> tuple[str, str]:

@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from lora_edu.course.grading.setup_lines import SetUpLines
 from lora_edu.course.grading.submissions import called_check
 
 MIMETYPE = "application/vnd.lora-edu.report"
@@ -29,6 +30,7 @@ def prepare(folder: str, limits: dict[str, Any]) -> None:
     from IPython import get_ipython
 
     from lora_edu.course.checks import CHECKS
+    from lora_edu.course.checks.report import drawn_from
 
     os.chdir(folder)
     if "" not in sys.path:  # modules beside the notebook
@@ -48,10 +50,11 @@ def prepare(folder: str, limits: dict[str, Any]) -> None:
             except Exception:
                 publish({MIMETYPE: json.dumps(report | {"missing": text})})
                 return
-        publish({MIMETYPE: json.dumps(report | asdict(checks[wanted["name"]](*arguments)))})
+        with drawn_from(wanted["seed"]):
+            publish({MIMETYPE: json.dumps(report | asdict(checks[wanted["name"]](*arguments)))})
 
     shell.register_magic_function(check, "cell", MAGIC)
-    shell.ast_transformers.append(_WithoutChecks(set(checks)))
+    shell.ast_transformers += [SetUpLines(shell.find_line_magic), _WithoutChecks(set(checks))]
     _set_limits(limits)
 
 

@@ -6,6 +6,7 @@ A notebook that crashed, passed a limit or left processes behind costs its stati
 next one.
 """
 
+import secrets
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,10 +28,19 @@ class Runner:
         isolated: each station in bubblewrap (see ``isolation.decide``).
         own: the notebooks are the learner's own: they see the environment as it is.
         hidden: folders that no notebook may see.
+        seed: what the checks draw from, so that a result can be had again; by default a new one.
     """
 
-    def __init__(self, jobs: int = 1, isolated: bool = False, own: bool = False, hidden: Iterable[Path] = ()):
+    def __init__(
+        self,
+        jobs: int = 1,
+        isolated: bool = False,
+        own: bool = False,
+        hidden: Iterable[Path] = (),
+        seed: int | None = None,
+    ):
         self.jobs, self.isolated, self.own, self.hidden = jobs, isolated, own, list(hidden)
+        self.seed = secrets.randbelow(2**32) if seed is None else seed
         self.pool = ThreadPoolExecutor(jobs, thread_name_prefix="runner")
         self.lock = Lock()
         self.stations: set[Station] = set()
@@ -79,7 +89,8 @@ class Runner:
         try:
             if files:
                 station.fill(files)
-            outcome = GradingClient(cells, checks, station, watch, str(folder or station.inside / "notebook")).grade()
+            place = str(folder or station.inside / "notebook")
+            outcome = GradingClient(cells, checks, station, watch, place, self.seed).grade()
         except Exception as error:  # a disk that is full, for example: this notebook's matter, and no other's
             outcome = Outcome(words=str(error))
         watch.stopped.set()

@@ -10,7 +10,6 @@ import os
 import select
 import shutil
 import signal
-import stat
 import subprocess
 import sys
 import tempfile
@@ -24,12 +23,12 @@ from typing import Any
 import psutil
 
 from lora_edu.course.grading.isolation import STATION_INSIDE, WRITABLE, clean_environment, mounted_in_tmp, sandbox
+from lora_edu.course.grading.walk import beside
 from lora_edu.course.notebooks.execute import environment
 
 FORKS = sys.platform == "linux"
 START_SECONDS = 180  # for importing PyTorch on a slow disk
 ATTEMPTS = 20  # to end processes that start others meanwhile
-MOST_FILES, MOST_BYTES = 200, 16 * 1024**2  # of the files beside a notebook
 ENDED = (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
 # bubblewrap ends with the thread that started it, so it has to be one that stays.
 _starter = ThreadPoolExecutor(1, thread_name_prefix="station")
@@ -90,17 +89,11 @@ class Station:
 
     def fill(self, files: Path) -> None:
         """Copy the plain files of a folder, so many and so large as fit the limits, to where the notebook will run."""
-        left, count = MOST_BYTES, 0
-        for place, _, names in os.walk(files):
-            for path in (Path(place, name) for name in sorted(names)):
-                with suppress(OSError):
-                    about = path.lstat()
-                    plain = stat.S_ISREG(about.st_mode) and path.suffix != ".ipynb"
-                    if plain and about.st_size <= left and count < MOST_FILES:
-                        target = self.folder / "notebook" / path.relative_to(files)
-                        target.parent.mkdir(parents=True, exist_ok=True)
-                        shutil.copyfile(path, target, follow_symlinks=False)
-                        left, count = left - about.st_size, count + 1
+        for path in beside(files)[0]:
+            target = self.folder / "notebook" / path.relative_to(files)
+            with suppress(OSError):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, target, follow_symlinks=False)
 
     def launch(self, connection: Mapping[str, Any]) -> psutil.Process:
         """Fork a kernel, and wait until it listens.

@@ -1,4 +1,4 @@
-"""Find the notebooks that a class handed in, tell whose is which, and line their cells up with the course's checks."""
+"""Read a notebook that was handed in, and line its cells up with the course's checks."""
 
 import ast
 import json
@@ -7,28 +7,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lora_edu.course.notebooks.stored import EXERCISES, NotebookError, list_notebooks, read
+import nbformat
 
-RULE = "STUDENT/NN_name.ipynb (folders inside are fine) or STUDENT__NN_name.ipynb"
-SKIPPED = {".ipynb_checkpoints", "__MACOSX", ".git"}
+from lora_edu.course.notebooks.stored import NotebookError, read
+
 LARGEST = 20 * 1024**2
+WORTH = 10  # points of a checked exercise, unless its check's cell says otherwise, as nbgrader has it
 CALL = re.compile(r"\bchecks\s*\.\s*(\w+)\s*\(")
+HEADING = re.compile(r"^### ([A-Z]\d+)\b *(.*)$", re.M)
 HINT = re.compile(r"\bhint\s*=\s*([123])\b")
 REACHES = re.compile(  # names that no exercise asks for, and that code needs to meddle with its grader
     r"\b_getframe\b|\bcurrentframe\b|\binspect\.stack\b|\bgc\.get_\w+|\bctypes\b|__code__|__globals__|__closure__"
     r"|__builtins__|\bsettrace\b|\bsetprofile\b|\baddaudithook\b|\bcourse\.checks\.report\b|\brun_steps\b|LORA_EDU_\w+"
     r"|\bchecks\.\w+\s*=(?!=)|\bsetattr\(\s*checks\b|\bsolutions/|\bSOLUTIONS\b|/proc\b|\bos\._exit\b|\bos\.fork\b"
 )
-
-
-@dataclass(frozen=True)
-class Submission:
-    """One notebook that was handed in: whose, for which exercise notebook, and the folder whose files go with it."""
-
-    student: str
-    exercise: str
-    path: Path
-    files: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -41,6 +33,7 @@ class Check:
         arguments: as they are written.
         after: the place of the last cell that calls it; None if no cell does.
         hint: how much help that cell asks for.
+        worth: points for a right answer.
     """
 
     label: str
@@ -48,41 +41,7 @@ class Check:
     arguments: tuple[str, ...]
     after: int | None = None
     hint: int = 1
-
-
-def collect(folder: Path, exercises: Path = EXERCISES) -> tuple[list[Submission], list[tuple[Path, str]]]:
-    """What was handed in, and each notebook that was left out with the reason.
-
-    Args:
-        folder: holds STUDENT/…/NN_name.ipynb, or STUDENT__NN_name.ipynb.
-        exercises: the course's exercise notebooks, whose names count.
-
-    Raises:
-        NotebookError: if there is no such folder.
-    """
-    if not folder.is_dir():
-        raise NotebookError(f"{folder}: there is no such folder; expected one that holds {RULE}")
-    names = {path.stem for path in list_notebooks(exercises)}
-    found: dict[tuple[str, str], Submission] = {}
-    left: list[tuple[Path, str]] = []
-    paths = [path for path in folder.rglob("*") if path.suffix == ".ipynb" and not SKIPPED & set(path.parts)]
-    for path in sorted(paths, key=lambda path: (path.parent.name != "exercises", path)):
-        place = path.relative_to(folder)
-        student, _, name = path.stem.partition("__") if len(place.parts) == 1 else (place.parts[0], "", path.stem)
-        if path.is_symlink() or any((folder / parent).is_symlink() for parent in list(place.parents)[:-1]):
-            left.append((place, "a link, not a file"))
-        elif not path.is_file():
-            left.append((place, "not a file"))
-        elif not name or not student:
-            left.append((place, f"no student in the name: expected {RULE}"))
-        elif name not in names:
-            left.append((place, "no exercise notebook has this name: it must stay as it was handed out"))
-        elif (student, name) in found:
-            other = found[student, name].path.relative_to(folder)
-            left.append((place, f"{student} also handed in {other.as_posix()}, which was graded"))
-        else:
-            found[student, name] = Submission(student, name, path, path.parent if len(place.parts) > 1 else None)
-    return sorted(found.values(), key=lambda one: (one.student.lower(), one.student, one.exercise)), sorted(left)
+    worth: int = WORTH
 
 
 def checks_of(exercise: Path) -> list[Check]:
@@ -90,13 +49,22 @@ def checks_of(exercise: Path) -> list[Check]:
     found, letter = [], ""
     for cell in read(exercise).cells:
         if cell.cell_type == "markdown":
-            heading = re.search(r"^### ([A-Z]\d+)\b", cell.source, re.M)
+            heading = HEADING.search(cell.source)
             letter = heading[1] if heading else letter
         elif "check" in cell.metadata.get("tags", []):
             for node in _calls(cell.source):
                 name = called_check(node)
-                found.append(Check(f"{letter} {name}".strip(), name, tuple(map(ast.unparse, node.args))))
+                worth = int(cell.metadata.get("nbgrader", {}).get("points", WORTH))
+                found.append(Check(f"{letter} {name}".strip(), name, tuple(map(ast.unparse, node.args)), worth=worth))
     return found
+
+
+def written_tasks(exercise: Path) -> list[str]:
+    """The tasks of an exercise notebook that have no check, and that somebody has to read: "C1 What do you want"."""
+    checked = {check.label.split()[0] for check in checks_of(exercise)}
+    texts = [cell.source for cell in read(exercise).cells if cell.cell_type == "markdown"]
+    headings = [heading for text in texts for heading in HEADING.findall(text)]
+    return [f"{letter} {title.partition(' (')[0]}" for letter, title in headings if letter not in checked]
 
 
 def _calls(source: str) -> Iterator[ast.Call]:
@@ -117,24 +85,39 @@ def called_check(node: ast.Call) -> str:
     return function.attr if "checks" in (getattr(owner, "id", ""), getattr(owner, "attr", "")) else ""
 
 
-def code_cells(path: Path) -> list[tuple[int, str]]:
-    """The code cells of a notebook that nobody vouches for, each with its place.
+def cells_of(path: Path) -> list[tuple[str, str, str]]:
+    """The cells of a notebook that nobody vouches for: the kind, the id and the source of each.
+
+    It may have a byte-order mark, and an older format than ours, as long as Jupyter opens it.
 
     Raises:
-        NotebookError: if it is too large, or is no notebook.
+        NotebookError: if it cannot be read, is too large, or is no notebook.
     """
-    if path.stat().st_size > LARGEST:
-        raise NotebookError(f"larger than {LARGEST // 1024**2} MB: clear its outputs")
     try:
-        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-        sources = [(index, cell["cell_type"], cell["source"]) for index, cell in enumerate(cells)]
-        texts = [(index, "".join(source)) for index, kind, source in sources if kind == "code"]
+        if path.stat().st_size > LARGEST:
+            raise NotebookError(f"larger than {LARGEST // 1024**2} MB: clear its outputs")
+        notebook = json.loads(path.read_text(encoding="utf-8-sig"))
+        if "cells" not in notebook and "nbformat" in notebook:
+            notebook = nbformat.convert(nbformat.reader.reads(json.dumps(notebook)), 4)
+        return [(cell["cell_type"], str(cell.get("id", "")), "".join(cell["source"])) for cell in notebook["cells"]]
+    except NotebookError:
+        raise
+    except OSError as error:
+        raise NotebookError(f"cannot be read ({error.strerror or type(error).__name__})") from None
     except RecursionError:
         raise NotebookError("not a notebook (nested too deeply)") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # whatever such a file makes of the code that reads it
         reason = " ".join(str(error).split())[:80]
         raise NotebookError(f"not a notebook ({type(error).__name__}: {reason})") from None
-    return texts
+
+
+def code_cells(path: Path) -> list[tuple[int, str]]:
+    """The code cells among them, each with its place.
+
+    Raises:
+        NotebookError: as ``cells_of``.
+    """
+    return [(index, source) for index, (kind, _, source) in enumerate(cells_of(path)) if kind == "code"]
 
 
 def line_up(checks: list[Check], cells: list[tuple[int, str]]) -> list[Check]:

@@ -59,7 +59,7 @@ def read(path: Path) -> NotebookNode:
         NotebookError: if it is not there or is no notebook.
     """
     try:
-        return nbformat.read(path, as_version=4)
+        return nbformat.reads(path.read_text(encoding="utf-8-sig"), as_version=4)
     except FileNotFoundError:
         raise NotebookError(f"{path}: there is no such notebook") from None
     except Exception as error:

@@ -40,13 +40,15 @@ GUIDE = """# Lessons and exercises of lora-edu
    run the next cell: the outputs were removed so that your predictions are your own.
 3. Then do its exercises in `{exercises}/`. Replace each `raise NotImplementedError("your code here")`, and run the
    cell with the check below it. It answers in sentences; `hint=2` and `hint=3` say more.
-4. `COURSE/.venv/bin/lora-edu check {exercises}/{example}` sums up what the checks of a notebook say.
+4. `COURSE/.venv/bin/lora-edu check {exercises}/{example}` sums up what the checks of a notebook say, and
+   `COURSE/.venv/bin/lora-edu progress .` how far you are with all of them.
 
 ## Hand in
 
-Save the notebook and hand it in under its own name in a folder with your name (`ada/{example}`), or with your name
-and two underscores before it (`ada__{example}`). Change nothing else about its name, which says which exercises it
-holds. Files that your code reads belong beside it, in your folder (16 MB at most).
+Save the notebook and hand it in in a folder with your name (`ada/{example}`), in a zip with your name (`ada.zip`), or
+with your name and two underscores before its own (`ada__{example}`). Hand in the notebooks of the exercises, not those
+of the lessons. Files that your code reads belong beside the notebook, in your folder (16 MB at most). If you hand in a
+notebook twice, the newer one counts.
 
 When your work is graded, the course's own checks run on the functions and classes that your notebook defines, without
 a network and with limits on time and memory. What the notebook prints does not count. Try it with "Restart the kernel
