@@ -16,6 +16,7 @@ from found import each_is_found
 from lora_edu import LoRALinear
 from lora_edu.core.matching import matches_names
 from lora_edu.course import checks
+from lora_edu.course.notebooks.stored import find_notebook, read
 
 pytestmark = pytest.mark.graders
 NOTEBOOK = "04_lora_in_a_model"
@@ -44,6 +45,37 @@ NAME_MATCHING = {
     "a pattern": (lambda n, ts: any(re.search(rf"(^|\.){t}$", n) for t in ts), "no patterns", "regular expression"),
 }
 test_name_matching_names_the_mistake = each_is_found(checks.name_matching, NAME_MATCHING)
+
+
+def from_lesson(which: str) -> Callable:
+    """``meant`` of the lesson's *Your turn*: its "source" or its "stub"."""
+    cells = read(find_notebook(NOTEBOOK)).cells
+    cell = next(cell for cell in cells if "your-turn" in cell.metadata.get("tags", []))
+    space: dict = {}
+    exec(cell.source if which == "source" else cell.metadata["stub"], space)
+    return space["meant"]
+
+
+def test_your_turn_passes_and_its_stub_is_not_done() -> None:
+    assert checks.name_matching(from_lesson("source")).status == "passed"
+    assert checks.name_matching(from_lesson("stub")).status == "not done"
+
+
+def by_segments(name: str, targets: Sequence[str]) -> bool:
+    segments = name.split(".")
+    return any(segments[-len(target.split(".")) :] == target.split(".") for target in targets)
+
+
+@pytest.mark.parametrize(
+    "right",
+    [
+        lambda name, targets: ("." + name).endswith(tuple("." + target for target in targets)),
+        by_segments,
+    ],
+    ids=["a dot in front", "segments"],
+)
+def test_name_matching_passes_other_ways_to_write_it(right: Callable) -> None:
+    assert checks.name_matching(right).status == "passed"
 
 
 def wrapped(
@@ -262,3 +294,67 @@ SEED_VERDICT = {
     "one seed decides": (lambda a, b: ranges(a, b, few=1), "single seed", "spread of one seed"),
 }
 test_seed_verdict_names_the_mistake = each_is_found(checks.seed_verdict, SEED_VERDICT)
+
+
+def trains(model: nn.Module) -> list[str]:
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def outside_lora_layers(model: nn.Module) -> list[str]:
+    layers = tuple(name + "." for name, module in model.named_modules() if isinstance(module, LoRALinear))
+    return [name for name in trains(model) if not name.startswith(layers)]
+
+
+def freezing(model: nn.Module) -> list[str]:
+    names = [name for name in trains(model) if "lora_" not in name]
+    for name in names:
+        model.get_parameter(name).requires_grad_(False)
+    return names
+
+
+def by_owner(model: nn.Module) -> set[str]:
+    return {
+        f"{name}.{key}"
+        for name, module in model.named_modules()
+        if not isinstance(module, LoRALinear)
+        for key, parameter in module.named_parameters(recurse=False)
+        if parameter.requires_grad
+    }
+
+
+LOOSE_PARAMETERS = {
+    "A and B too": (trains, "after inject", "the A or B of a LoRA layer"),
+    "whatever is no A or B": (
+        lambda m: [n for n, _ in m.named_parameters() if "lora_" not in n],
+        "after inject",
+        "it does not train",
+    ),
+    "what is frozen": (
+        lambda m: [n for n, p in m.named_parameters() if not p.requires_grad],
+        "after inject",
+        "it does not train",
+    ),
+    "how many": (lambda m: len([n for n in trains(m) if "lora_" not in n]), "after inject", "a list of names"),
+    "none": (lambda m: [], "a head", "it trains: head.weight"),
+    "freezes them": (freezing, "a head", "only look"),
+    "short names": (lambda m: [n.rpartition(".")[2] for n in trains(m) if "lora_" not in n], "a head", "full names"),
+    "modules": (lambda m: [n.rpartition(".")[0] for n in trains(m) if "lora_" not in n], "a head", "full names"),
+    "weights only": (
+        lambda m: [n for n in trains(m) if n.endswith(".weight")],
+        "a head",
+        "head.bias",
+    ),
+    "the head only": (lambda m: [n for n in trains(m) if n.startswith("head")], "biases", "it trains"),
+    "outside LoRA layers": (outside_lora_layers, "biases", "belong to the base"),
+    "lora in the name": (lambda m: [n for n in trains(m) if "lora" not in n], "sounds like LoRA", "Which segment"),
+}
+test_loose_parameters_names_the_mistake = each_is_found(checks.loose_parameters, LOOSE_PARAMETERS)
+
+
+@pytest.mark.parametrize(
+    "right",
+    [by_owner, lambda m: [n for n in trains(m) if not n.endswith((".lora_A", ".lora_B"))]],
+    ids=["by owner", "by ending"],
+)
+def test_loose_parameters_passes_other_ways_to_write_it(right: Callable) -> None:
+    assert checks.loose_parameters(right).status == "passed"

@@ -294,3 +294,8 @@ def test_unknown_names() -> None:
         lora_parameters("gpt2", 8, None, head="mlm")
     with pytest.raises(ValueError, match="dtype='float33': expected a torch dtype"):
         adapter_bytes(5, "float33")
+
+
+def test_the_self_test_of_lesson_05() -> None:
+    assert lora_formula([(3072, 8192)] * 28, r=32) == 10_092_544
+    assert round(100 * lora_parameters("llama-7b", 8, "all-linear") / full_parameters("llama-7b"), 4) == 0.2966

@@ -1,4 +1,6 @@
-"""The checks of lesson 04: names (A1), injection by hand (B1), saving and loading (B2), a verdict over seeds (C1)."""
+"""The checks of lesson 04: names (in the lesson), what trains (A1), injection by hand (B1), saving and loading (B2),
+a verdict over seeds (C1).
+"""
 
 import copy
 import random
@@ -22,7 +24,7 @@ TARGETS = ["q_proj", "down_proj"]
 
 
 def name_matching(candidate: Callable[[str, Sequence[str]], bool], hint: int = 1) -> Report:
-    """``candidate(name, targets)``: is this module meant by a list of targets? Exercise A1 of lesson 04."""
+    """``candidate(name, targets)``: is this module meant by a list of targets? *Your turn* in lesson 04."""
 
     def expect(cases: Iterable[tuple[str, list[str]]], right: bool, question: str, fix: str) -> None:
         for name, targets in cases:
@@ -161,7 +163,7 @@ def hand_injection(candidate: Callable[..., Any], hint: int = 1) -> Report:
         if extra := [name for name in found if name not in expected]:
             raise Wrong(
                 f"adapted, but no target: {some(extra)}",
-                "Which rule decides whether a name is meant? See exercise A1.",
+                "Which rule decides whether a name is meant? See *Your turn* in the lesson.",
                 "Match whole segments: lora_edu.core.matching.matches_names(targets, name).",
             )
 
@@ -504,3 +506,82 @@ def seed_verdict(candidate: Callable[[Sequence[float], Sequence[float]], str], h
         ("a single seed does not", lonely),
     ]
     return run_steps("verdict over seeds", steps, hint)
+
+
+def loose_parameters(candidate: Callable[[nn.Module], Iterable[str]], hint: int = 1) -> Report:
+    """``candidate(model)``: the names of what trains and is no A or B of a LoRA layer. Exercise A1 of lesson 04."""
+    fix = (
+        "[name for name, p in model.named_parameters() if p.requires_grad "
+        'and name.rpartition(".")[2] not in ("lora_A", "lora_B")]'
+    )
+
+    def adapted_model() -> nn.Module:
+        model = draw_model()
+        inject(model, LoraConfig(r=2, target_modules=["q_proj", "up_proj"]))
+        return model
+
+    def expect(model: nn.Module, question: str) -> None:
+        right = [
+            f"{name}.{key}"
+            for name, module in model.named_modules()
+            for key, parameter in module.named_parameters(recurse=False)
+            if parameter.requires_grad and not isinstance(module, LoRALinear)
+        ]
+        before, everything = trainable(model), {name for name, _ in model.named_parameters()}
+        got = candidate(model)
+        if isinstance(got, str) or not isinstance(got, Iterable):
+            raise Wrong(f"you return {got!r}; expected a list of names", "Which parameters are they?", fix)
+        names = list(got)
+        if trainable(model) != before:
+            raise Wrong("after your call other parameters train than before", "Do you only look?", fix)
+        for name in names:
+            if name not in everything:
+                raise Wrong(f"you name {name!r}, and no parameter has this name", "What holds the full names?", fix)
+            if name not in right:
+                why = "it is the A or B of a LoRA layer" if name in before else "it does not train"
+                raise Wrong(f"you name {name!r}, and {why}", "Which two things must hold for a name?", fix)
+        if missed := [name for name in right if name not in names]:
+            raise Wrong(f"not named, and it trains: {some(missed)}", question, fix)
+        if len(names) != len(right):
+            raise Wrong(f"you name {len(names)} parameters, some of them twice; expected {len(right)}", question, fix)
+
+    def fresh() -> None:
+        expect(adapted_model(), "")
+
+    def head() -> None:
+        model = adapted_model()
+        model.get_submodule("head").requires_grad_(True)
+        expect(model, "Do you look at the whole model, or at the adapted layers only?")
+
+    def biases() -> None:
+        model = adapted_model()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad or name.endswith(".bias"))
+        expect(model, "A layer may have more than a weight. Which parameters of a LoRA layer belong to the base?")
+
+    def inside() -> None:
+        model = adapted_model()
+        model.get_submodule("q_proj.base").requires_grad_(True)
+        expect(model, "Inside a LoRA layer stands the pretrained layer. Do you leave out the whole LoRA layer?")
+
+    def words() -> None:
+        model = adapted_model()
+        model.add_module("lora_notes", nn.Linear(3, 2))
+        expect(model, "Does every name with lora in it belong to a LoRA layer? Which segment decides?")
+
+    def published() -> None:
+        model = draw_model()
+        layers: Any = model.get_submodule("layers")
+        for block in layers:
+            block.q_proj = LoRALinear(block.q_proj, r=2)
+        expect(model, "Nothing was frozen here but the wrapped layers.")
+
+    steps = [
+        ("after inject there is none", fresh),
+        ("a head that trains is named", head),
+        ("so are biases", biases),
+        ("so is the pretrained weight inside a LoRA layer", inside),
+        ("so is a layer that only sounds like LoRA", words),
+        ("in the function that the lesson quotes, all that it does not wrap is named", published),
+    ]
+    return run_steps("what else trains", steps, hint)
