@@ -38,7 +38,7 @@ def lora_formula(shapes: Iterable[tuple[int, int]], r: int) -> int:
 def break_even_rank(d: int, k: int) -> float:
     """The rank at which A and B together are as large as the d×k weight: r (d + k) = d k.
 
-    Below it LoRA holds fewer numbers than the weight; for d = k it is d / 2. Lessons 01 and 05.
+    Below it LoRA holds fewer numbers than the weight; for d = k it is d / 2. Lesson 05.
     """
     return d * k / (d + k)
 
