@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from found import assert_found, by_class, each_is_found
+from lora_edu import LoRALinear
 from lora_edu.course import checks
 
 pytestmark = pytest.mark.graders
@@ -484,3 +485,143 @@ def unsorted(results: Any, limit: float) -> float | None:
 
 def test_rate_in_the_order_of_the_dictionary() -> None:
     assert_found(checks.tolerated_rate(unsorted), "in any order", "you return")
+
+
+class FirstLayer(nn.Module):
+    """Version one, without dropout; each wrong one below has another forward."""
+
+    def __init__(self, base: Any, r: int, lora_alpha: float):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.lora_A = nn.Parameter(base.weight.new_ones(r, base.in_features))
+        self.lora_B = nn.Parameter(base.weight.new_zeros(base.out_features, r))
+        self.scaling = lora_alpha / r
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.base(x) + self.scaling * (x @ self.lora_A.T @ self.lora_B.T)
+
+
+def layer_with(forward: Callable[[Any, Any], Any]) -> type[FirstLayer]:
+    return type("FirstLayer", (FirstLayer,), {"forward": forward})
+
+
+def with_data(layer: Any, x: Any) -> Any:
+    return layer.base(x) + layer.scaling * (x @ layer.lora_A.data.T @ layer.lora_B.T)
+
+
+def writes_to_the_base(layer: Any, x: Any) -> Any:
+    layer.base.weight.data += layer.scaling * (layer.lora_B @ layer.lora_A).data
+    return layer.base(x) + 0 * (x @ layer.lora_A.T @ layer.lora_B.T)
+
+
+def nothing(layer: Any, x: Any) -> Any:
+    layer.base(x)
+
+
+LAYER_FORWARD = {
+    "no scale": (layer_with(lambda f, x: f.base(x) + x @ f.lora_A.T @ f.lora_B.T), "a batch", "not scaled at all"),
+    "scaled twice": (
+        layer_with(lambda f, x: f.base(x) + f.scaling**2 * (x @ f.lora_A.T @ f.lora_B.T)), "a batch", "applied twice",
+    ),
+    "all scaled": (
+        layer_with(lambda f, x: f.scaling * (f.base(x) + x @ f.lora_A.T @ f.lora_B.T)), "a batch", "no multiple",
+    ),
+    "the update alone": (layer_with(lambda f, x: f.scaling * (x @ f.lora_A.T @ f.lora_B.T)), "a batch", "no multiple"),
+    "without the bias": (
+        layer_with(lambda f, x: x @ f.base.weight.T + f.scaling * (x @ f.lora_A.T @ f.lora_B.T)), "a batch", "the bias",
+    ),
+    "not transposed": (
+        layer_with(lambda f, x: f.base(x) + f.scaling * (x @ f.lora_A @ f.lora_B)), "a batch", "your code raised",
+    ),
+    "the base alone": (layer_with(lambda f, x: f.base(x)), "a batch", "no gradient reaches"),
+    "the data of A": (layer_with(with_data), "a batch", "no gradient reaches"),
+    "writes to the base": (layer_with(writes_to_the_base), "a batch", "no longer what it was"),
+    "without return": (layer_with(nothing), "a batch", "returns NoneType"),
+    "for batches only": (
+        layer_with(lambda f, x: FirstLayer.forward(f, x.reshape(len(x) if x.ndim > 1 else 1, -1))), "one input", "(1,",
+    ),
+}  # fmt: skip
+test_layer_forward_names_the_mistake = each_is_found(checks.layer_forward, LAYER_FORWARD)
+
+
+@pytest.mark.parametrize(
+    "right",
+    [
+        FirstLayer,
+        layer_with(lambda f, x: F.linear(x, f.base.weight + f.scaling * f.lora_B @ f.lora_A, f.base.bias)),
+        layer_with(lambda f, x: f.base(x) + F.linear(F.linear(f.scaling * x, f.lora_A), f.lora_B)),
+        LoRALinear,
+    ],
+)
+@pytest.mark.parametrize("seed", range(3))
+def test_layer_forward_in_other_words(right: Any, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORA_EDU_CHECK_SEED", str(seed))
+    assert checks.layer_forward(right).status == "passed"
+
+
+def of_a(formula: Callable[[Any, Any], Any]) -> Callable[..., Any]:
+    """``formula`` of the layer and of G = gᵀ x, which is summed over all inputs."""
+    return lambda layer, x, g: formula(layer, g.flatten(0, -2).T @ x.flatten(0, -2))
+
+
+GRADIENT_OF_A = {
+    "no scale": (of_a(lambda f, G: f.lora_B.T @ G), "a batch of inputs", "scale s is missing"),
+    "scaled twice": (of_a(lambda f, G: f.scaling**2 * f.lora_B.T @ G), "a batch of inputs", "twice"),
+    "the step": (of_a(lambda f, G: -f.scaling * f.lora_B.T @ G), "a batch of inputs", "sign"),
+    "that of B": (of_a(lambda f, G: f.scaling * G @ f.lora_A.T), "a batch of inputs", "shape"),
+    "transposed": (of_a(lambda f, G: f.scaling * G.T @ f.lora_B), "a batch of inputs", "shape"),
+    "the ordinary layer's": (of_a(lambda f, G: G), "a batch of inputs", "shape"),
+    "averaged": (lambda f, x, g: f.scaling * f.lora_B.T @ g.T @ x / len(x), "a batch of inputs", "off by 80%"),
+    "x and g swapped": (
+        lambda f, x, g: f.scaling * f.lora_B.T @ (x.T @ g), "a batch of inputs", "your code raised",
+    ),
+    "no sequences": (lambda f, x, g: f.scaling * f.lora_B.T @ (g.mT @ x), "a batch of sequences", "shape"),
+    "nothing returned": (lambda f, x, g: None, "a batch of inputs", "NoneType"),
+}  # fmt: skip
+test_gradient_of_a_names_the_mistake = each_is_found(checks.gradient_of_a, GRADIENT_OF_A)
+
+
+@pytest.mark.parametrize(
+    "right",
+    [
+        of_a(lambda f, G: f.scaling * f.lora_B.T @ G),
+        lambda f, x, g: f.scaling * torch.einsum("...o,or,...i->ri", g, f.lora_B, x),
+        lambda f, x, g: sum(
+            f.scaling * torch.outer(f.lora_B.T @ one_g, one_x)
+            for one_g, one_x in zip(g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1]), strict=True)
+        ),
+    ],
+)
+@pytest.mark.parametrize("seed", range(3))
+def test_gradient_of_a_in_other_words(right: Any, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORA_EDU_CHECK_SEED", str(seed))
+    assert checks.gradient_of_a(right).status == "passed"
+
+
+GRADIENT_OF_X = {
+    "the frozen path alone": (lambda g, W, A, B, s: g @ W, "a batch of inputs", "adapter's term is missing"),
+    "the update's alone": (lambda g, W, A, B, s: s * g @ B @ A, "a batch of inputs", "frozen path's is missing"),
+    "no scale": (lambda g, W, A, B, s: g @ (W + B @ A), "a batch of inputs", "lacks the scale"),
+    "all scaled": (lambda g, W, A, B, s: s * g @ (W + s * B @ A), "a batch of inputs", "twice"),
+    "the step": (lambda g, W, A, B, s: -g @ (W + s * B @ A), "a batch of inputs", "sign"),
+    "transposed as in forward": (lambda g, W, A, B, s: g @ W.T + s * g @ A.T @ B.T, "a batch", "your code raised"),
+    "as the paper writes it": (lambda g, W, A, B, s: (W + s * B @ A).T @ g, "a batch", "your code raised"),
+    "columns": (lambda g, W, A, B, s: ((W + s * B @ A).T @ g.mT), "a batch of inputs", "shape"),
+    "rows needed": (
+        lambda g, W, A, B, s: torch.atleast_2d(g) @ (W + s * B @ A), "one input without a batch", "shape",
+    ),
+    "nothing returned": (lambda g, W, A, B, s: None, "a batch of inputs", "NoneType"),
+}  # fmt: skip
+test_gradient_of_x_names_the_mistake = each_is_found(checks.gradient_of_x, GRADIENT_OF_X)
+
+
+@pytest.mark.parametrize(
+    "right",
+    [
+        lambda g, W, A, B, s: g @ (W + s * B @ A),
+        lambda g, W, A, B, s: F.linear(g, W.T) + F.linear(F.linear(s * g, B.T), A.T),
+        lambda g, W, A, B, s: torch.einsum("...o,oi->...i", g, W + s * B @ A),
+    ],
+)
+def test_gradient_of_x_in_other_words(right: Any) -> None:
+    assert checks.gradient_of_x(right).status == "passed"

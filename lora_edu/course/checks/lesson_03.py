@@ -1,5 +1,5 @@
-"""The checks of lesson 03: the forward pass (A1), three published layers mended (A2 to A4), the layer (B1), its
-gradients by hand (B2), a tolerated rate (C1)."""
+"""The checks of lesson 03: the gradient of x (A1), three published layers mended (A2 to A4), the layer (B1), its
+gradients by hand (B2), a tolerated rate (C1); in the lesson itself the layer's forward pass and the gradient of A."""
 
 import copy
 import importlib.util
@@ -24,6 +24,7 @@ from lora_edu.course.checks.tools import (
     peft_linear,
     randomise,
     scale_slips,
+    shape_or_type,
     trainable,
     with_note,
 )
@@ -58,7 +59,7 @@ def need_gradient(name: str, ours: Tensor, right: Tensor, t: Mapping[str, Tensor
 
 
 def lora_forward(candidate: Callable[..., Tensor], hint: int = 1) -> Report:
-    """Exercise A1: ``candidate(x, W, A, B, lora_alpha, r)`` is x Wᵀ + s · (x Aᵀ) Bᵀ with s = lora_alpha / r."""
+    """``candidate(x, W, A, B, lora_alpha, r)`` is x Wᵀ + s · (x Aᵀ) Bᵀ with s = lora_alpha / r; see layer_forward."""
 
     def compare(*leading: int) -> None:
         inputs, outputs, r, alpha = sizes()
@@ -569,3 +570,89 @@ def tolerated_rate(
         ("None if no rate is tolerated", none),
     ]
     return run_steps("tolerated rate", steps, hint)
+
+
+def layer_forward(candidate: Callable[..., Any], hint: int = 1) -> Report:
+    """*Your turn* in lesson 03: the ``forward`` of ``candidate(base, r, lora_alpha)``, an ``nn.Module``."""
+
+    def forward(x: Tensor, W: Tensor, A: Tensor, B: Tensor, lora_alpha: float, r: int) -> Tensor:
+        base = nn.Linear(W.shape[1], W.shape[0], dtype=W.dtype)
+        base.weight.data.copy_(W)
+        layer = candidate(base, r, lora_alpha)
+        layer.lora_A.data.copy_(A), layer.lora_B.data.copy_(B)
+        y = layer(x)
+        if not isinstance(y, Tensor):
+            raise Wrong(
+                f"your forward returns {shape_or_type(y)}, not a tensor",
+                "Does forward end with return?",
+                "return self.base(x) + the update",
+            )
+        if not torch.equal(base.weight, W):
+            raise Wrong(
+                "after one call of forward the base's weight is no longer what it was",
+                "Which tensor does your forward write to?",
+                "Leave self.base as it is, and add the update to its output.",
+            )
+        factors = (layer.lora_A, layer.lora_B)
+        if not y.requires_grad or None in torch.autograd.grad(y.sum(), factors, allow_unused=True, retain_graph=True):
+            raise Wrong(
+                "no gradient reaches A or B through your forward: the layer could not learn",
+                "Which tensors does your forward multiply with x, and are they the parameters themselves?",
+                "Use self.lora_A and self.lora_B, without .data, .detach() or torch.no_grad().",
+            )
+        return y.detach() - base.bias.detach()
+
+    return lora_forward(forward, hint)
+
+
+def gradient_of_a(candidate: Callable[[Any, Tensor, Tensor], Tensor], hint: int = 1) -> Report:
+    """*Your turn* in lesson 03: ``candidate(layer, x, g)`` is ∂L/∂A for g = ∂L/∂y, without autograd."""
+
+    def compare(*leading: int) -> None:
+        inputs, outputs, r, alpha = sizes()
+        layer = LoRALinear(nn.Linear(inputs, outputs, dtype=torch.float64), r=r, lora_alpha=alpha)
+        a, b = randomise(layer)
+        x, g = normal(*leading, inputs), normal(*leading, outputs)
+        (right,) = torch.autograd.grad(layer(x), layer.lora_A, g)
+        with torch.no_grad():
+            got = candidate(layer, x.clone(), g.clone())
+        _need_tensor(got)
+        t = {"A": a, "B": b, "s": torch.tensor(alpha / r, dtype=torch.float64)}
+        need_gradient("A", got, right, t, "G = gᵀ x, summed over all inputs, and ∂L/∂A = s Bᵀ G.")
+
+    steps: list[Step] = [
+        ("a batch of inputs", lambda: compare(5)),
+        ("a batch of sequences", lambda: compare(2, 3)),
+    ]
+    return run_steps("gradient of A", steps, hint)
+
+
+def gradient_of_x(candidate: Callable[..., Tensor], hint: int = 1) -> Report:
+    """Exercise A1: ``candidate(g, W, A, B, s)`` is ∂L/∂x of y = x Wᵀ + s (x Aᵀ) Bᵀ for g = ∂L/∂y."""
+
+    def compare(*leading: int) -> None:
+        inputs, outputs, r, alpha = sizes()
+        s = alpha / r
+        W, A, B = normal(outputs, inputs), normal(r, inputs), normal(outputs, r)
+        x, g = normal(*leading, inputs).requires_grad_(), normal(*leading, outputs)
+        (right,) = torch.autograd.grad(x @ W.T + s * (x @ A.T @ B.T), x, g)
+        got = candidate(g.clone(), W.clone(), A.clone(), B.clone(), s)
+        _need_tensor(got)
+        t = {"g": g, "W": W, "A": A, "B": B, "s": torch.tensor(s, dtype=torch.float64)}
+        need_gradient("x", got, right, t, "g @ W + s * (g @ B) @ A")
+
+    steps: list[Step] = [
+        ("a batch of inputs", lambda: compare(5)),
+        ("one input without a batch", compare),
+        ("a batch of sequences", lambda: compare(2, 3)),
+    ]
+    return run_steps("gradient of x", steps, hint)
+
+
+def _need_tensor(got: Any) -> None:
+    if not isinstance(got, Tensor):
+        raise Wrong(
+            f"you return {shape_or_type(got)}, not a tensor",
+            "What should come back?",
+            "Return the gradient, a tensor of the shape of what it belongs to.",
+        )
