@@ -4,6 +4,7 @@ import csv
 import errno
 import os
 
+import nbformat
 import pytest
 from classes import NAME, hand_in, solved, untouched
 from typer.testing import CliRunner
@@ -13,7 +14,7 @@ from lora_edu.course.grading import classroom, gradebook
 from lora_edu.course.grading.classroom import Row, short_hash
 from lora_edu.course.grading.client import Verdict
 from lora_edu.course.grading.texts import defused, file_name
-from lora_edu.course.notebooks.stored import EXERCISES, SOLUTIONS, write
+from lora_edu.course.notebooks.stored import EXERCISES, SOLUTIONS
 
 OTHER = "01_low_rank_svd"
 OTHER_SOLVED = (SOLUTIONS / f"{OTHER}.ipynb").read_bytes()
@@ -101,12 +102,16 @@ def test_a_row_for_each_exercise_and_one_for_each_student(tmp_path, grade, says)
     found = [(row["student"], row["exercise"][:2], row["status"], row["points"], row["of"]) for row in rows(table)]
     assert found == [
         ("", "", "not graded", "0", "0"),
-        *[("ada", task, "passed", "10", "10") for task in ("A1", "B1")],
+        *[("ada", task, "passed", points, points) for task, points in (("A1", "1"), ("B1", "4"))],
         ("ada", "C1", "to read", "0", "0"),
-        *[("ada", task, "passed", "10", "10") for task in ("A1", "A2", "B1", "C1")],
-        *[("ben", task, "failed", "3", "10") for task in ("A1", "B1")],
+        *[
+            ("ada", task, "passed", points, points)
+            for task, points in zip(("A1", "A2", "B1", "C1"), "1143", strict=True)
+        ],
+        ("ben", "A1", "failed", "0.33", "1"),
+        ("ben", "B1", "failed", "1.33", "4"),
         ("ben", "C1", "to read", "0", "0"),
-        *[("cleo", task, "not done", "0", "10") for task in ("A1", "B1")],
+        *[("cleo", task, "not done", "0", points) for task, points in (("A1", "1"), ("B1", "4"))],
         ("cleo", "C1", "to read", "0", "0"),
         ("zoe", "", "not handed in", "0", "0"),
     ]
@@ -119,27 +124,28 @@ def test_a_row_for_each_exercise_and_one_for_each_student(tmp_path, grade, says)
     students = by_student(tmp_path / "out" / "grades-students.csv")
     wanted = ("points", "of", "passed", "exercises", NAME, OTHER, "note")
     assert {name: [row[column] for column in wanted] for name, row in students.items()} == {
-        "ada": ["60", "60", "6", "6", "20", "40", ""],
-        "ben": ["6", "60", "0", "6", "6", "", ""],
-        "cleo": ["0", "60", "0", "6", "0", "", "not on the roster"],
-        "zoe": ["0", "60", "0", "6", "", "", "not handed in"],
+        "ada": ["14", "14", "6", "6", "5", "9", ""],
+        "ben": ["1.66", "14", "0", "6", "1.66", "", ""],
+        "cleo": ["0", "14", "0", "6", "0", "", "not on the roster"],
+        "zoe": ["0", "14", "0", "6", "", "", "not handed in"],
     }
     assert {row["seed"] for row in students.values()} == {"7"}
     assert students["ada"]["file_hash"].count("sha256:") == 2
 
 
 def test_points_are_for_the_steps_that_are_right():
-    assert {status: said.points(10) for status, said in SAID.items()} == {
-        "passed": 10, "failed": 3, "not done": 0, "error": 0, "timeout": 0,
+    assert {status: said.points(4) for status, said in SAID.items()} == {
+        "passed": 4, "failed": 1.33, "not done": 0, "error": 0, "timeout": 0,
     }  # fmt: skip
 
 
 def test_nbgraders_points_count_where_the_exercise_has_them(tmp_path):
     notebook = untouched()
-    cell = next(cell for cell in notebook.cells if "check" in cell.metadata.get("tags", []))
-    cell.metadata["nbgrader"] = {"grade": True, "points": 5}
-    write(notebook, tmp_path / "x.ipynb")
-    assert [check.worth for check in classroom.checks_of(tmp_path / "x.ipynb")] == [5, 10]
+    first, second = (cell for cell in notebook.cells if "check" in cell.metadata.get("tags", []))
+    first.metadata["nbgrader"] = {"grade": True, "points": 2.5}
+    del second.metadata["nbgrader"]
+    (tmp_path / "x.ipynb").write_text(nbformat.writes(notebook), encoding="utf-8")
+    assert [check.worth for check in classroom.checks_of(tmp_path / "x.ipynb")] == [2.5, 1]
 
 
 def test_what_nobody_can_grade_has_a_row_too(tmp_path, grade):
@@ -195,7 +201,7 @@ def test_a_second_run_keeps_what_the_teacher_wrote(tmp_path, grade, says):
         "dan": ("", ""),
         "cleo": ("for cleo", "Tuesday"),
     }
-    assert after["ada"]["points"] == "6"
+    assert after["ada"]["points"] == "1.66"
 
 
 def test_cells_beside_the_table_are_kept(tmp_path, grade):
@@ -311,11 +317,11 @@ def test_a_page_for_each_student(tmp_path, grade, says):
     texts = {path.parent.name: path.read_text(encoding="utf-8") for path in (tmp_path / "pages").glob("*/*.html")}
     assert texts.keys() == {"ada", "ben", "zoe", "dan", "_i_"}
     assert "Nothing was handed in under this name." in texts["zoe"]
-    assert "<p>2 of 2 passed; 20 of 20 points. This is ada/00_start_here.ipynb.</p>" in texts["ada"]
+    assert "<p>2 of 2 passed; 5 of 5 points. This is ada/00_start_here.ipynb.</p>" in texts["ada"]
     assert "<li>✓ each row sums to 1</li>" in texts["ada"]
     ben = texts["ben"]
-    assert "0 of 2 passed; 6 of 20 points" in ben
-    assert "0 of 4 passed; 12 of 40 points" in ben
+    assert "0 of 2 passed; 1.66 of 5 points" in ben
+    assert "0 of 4 passed; 2.99 of 9 points" in ben
     assert "<p>1 of its 3 steps are right.</p>" in ben
     for line in (
         "✓ as many probabilities as logits",

@@ -38,8 +38,8 @@ class Row:
     status: str
     symptom: str = ""
     seconds: float = 0.0
-    points: int = 0
-    of: int = 0
+    points: float = 0
+    of: float = 0
     file: str = ""
     file_hash: str = ""
     seed: int = 0

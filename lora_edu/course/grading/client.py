@@ -23,6 +23,7 @@ from lora_edu.course.grading import kernel
 from lora_edu.course.grading.provisioner import kernel_manager
 from lora_edu.course.grading.station import Station
 from lora_edu.course.grading.submissions import Check
+from lora_edu.course.grading.texts import rounded
 from lora_edu.course.grading.watch import Watch
 
 OUT_OF_MEMORY = ("DefaultCPUAllocator", "Cannot allocate memory", "MemoryError")
@@ -57,11 +58,11 @@ class Verdict:
     step: str = ""
     waiting: tuple[str, ...] = ()
 
-    def points(self, worth: int) -> int:
-        """Of the points for a right answer, those for the steps that are right; whole ones."""
+    def points(self, worth: float) -> float:
+        """Of the points for a right answer, the share of the steps that are right: the same as nbgrader's."""
         if self.status == "passed":
             return worth
-        return worth * len(self.right) // (len(self.right) + 1 + len(self.waiting))
+        return rounded(worth * len(self.right) / (len(self.right) + 1 + len(self.waiting)))
 
 
 @dataclass

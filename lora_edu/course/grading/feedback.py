@@ -11,7 +11,7 @@ from pathlib import Path
 from lora_edu.course.grading.classroom import Row, by_notebook, score
 from lora_edu.course.grading.handed_in import HandedIn, Left
 from lora_edu.course.grading.submissions import written_tasks
-from lora_edu.course.grading.texts import file_name, plain
+from lora_edu.course.grading.texts import file_name, plain, rounded
 from lora_edu.course.notebooks.stored import EXERCISES
 from lora_edu.files import write_atomically
 
@@ -90,7 +90,7 @@ def _body(rows: list[Row], left: list[Left], version: str) -> Iterator[str]:
         yield "<p>Nothing was handed in under this name.</p>"
     for _, notebook, group in by_notebook(rows):
         yield f"<h2>{_text(notebook)}</h2>"
-        points = f"{sum(row.points for row in group)} of {sum(row.of for row in group)} points"
+        points = f"{rounded(sum(row.points for row in group))} of {rounded(sum(row.of for row in group))} points"
         yield f"<p>{_text(score(row.status for row in group))}; {points}. This is {_text(group[0].file)}.</p>"
         for row in group:
             yield from _exercise(row)

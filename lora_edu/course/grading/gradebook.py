@@ -13,7 +13,7 @@ from lora_edu.course.grading.classroom import Row, short_hash
 from lora_edu.course.grading.handed_in import HandedIn
 from lora_edu.course.grading.sheet import Cells, Sheet
 from lora_edu.course.grading.submissions import checks_of, written_tasks
-from lora_edu.course.grading.texts import defused, plain
+from lora_edu.course.grading.texts import defused, plain, rounded
 from lora_edu.course.notebooks.runs import fingerprint
 from lora_edu.course.notebooks.stored import EXERCISES, list_notebooks
 from lora_edu.files import ROOT
@@ -111,7 +111,7 @@ class Gradebook:
     def _student(self, name: str, rows: list[Cells], before: Cells) -> Cells:
         """The row of one student: points, of those for all notebooks that anybody handed in."""
         graded = [row for row in rows if row["status"] in VERDICTS]
-        points = {notebook: sum(_number(row["points"]) for row in graded if row["notebook"] == notebook)
+        points = {notebook: rounded(sum(_number(row["points"]) for row in graded if row["notebook"] == notebook))
                   for notebook in self.checks if any(row["notebook"] == notebook for row in graded)}  # fmt: skip
         checks = [check for each in self.checks.values() for check in each]
         statuses = [row["status"] for row in rows]
@@ -121,8 +121,8 @@ class Gradebook:
                 notes.append(status if status == "not handed in" else f"{status}: {count} (see the other table)")
         return {
             "student": name,
-            "points": sum(points.values()),
-            "of": sum(check.worth for check in checks),
+            "points": rounded(sum(points.values())),
+            "of": rounded(sum(check.worth for check in checks)),
             "passed": statuses.count("passed"),
             "exercises": len(checks),
             **points,
@@ -166,9 +166,9 @@ def _order(name: str) -> tuple[str, str]:
     return name.casefold(), name
 
 
-def _number(cell: object) -> int:
-    """A cell that a spreadsheet may have written: "7", or "7.0"."""
+def _number(cell: object) -> float:
+    """A cell that a spreadsheet may have written, with a decimal comma too."""
     try:
-        return int(float(str(cell)))
+        return float(str(cell).replace(",", "."))
     except ValueError:
         return 0

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import nbformat
 
+from lora_edu.course.grading.texts import rounded
 from lora_edu.course.notebooks.stored import NotebookError, read
 
 LARGEST = 20 * 1024**2
-WORTH = 10  # points of a checked exercise, unless its check's cell says otherwise, as nbgrader has it
+WORTH = 1  # points of a check whose cell says nothing of them, as it does for nbgrader
 CALL = re.compile(r"\bchecks\s*\.\s*(\w+)\s*\(")
 HEADING = re.compile(r"^### ([A-Z]\d+)\b *(.*)$", re.M)
 HINT = re.compile(r"\bhint\s*=\s*([123])\b")
@@ -41,7 +42,7 @@ class Check:
     arguments: tuple[str, ...]
     after: int | None = None
     hint: int = 1
-    worth: int = WORTH
+    worth: float = WORTH
 
 
 def checks_of(exercise: Path) -> list[Check]:
@@ -54,7 +55,7 @@ def checks_of(exercise: Path) -> list[Check]:
         elif "check" in cell.metadata.get("tags", []):
             for node in _calls(cell.source):
                 name = called_check(node)
-                worth = int(cell.metadata.get("nbgrader", {}).get("points", WORTH))
+                worth = rounded(cell.metadata.get("nbgrader", {}).get("points", WORTH))
                 found.append(Check(f"{letter} {name}".strip(), name, tuple(map(ast.unparse, node.args)), worth=worth))
     return found
 

@@ -23,6 +23,12 @@ def defused(text: str) -> str:
     return f"'{text}" if first in ("=", "+", "-", "@", "\t", "\r", "\n") else text
 
 
+def rounded(number: float) -> float:
+    """A number of points, with at most two decimals, and none if it is whole."""
+    number = round(float(number), 2)
+    return int(number) if number.is_integer() else number
+
+
 def file_name(text: str) -> str:
     """A name for a file or a folder on any system, from a student's name: it leads nowhere else."""
     name = re.sub(r'[<>:"/\\|?*]', "_", plain(text, 100)).strip(" .")
