@@ -22,7 +22,7 @@ class Row:
     Attributes:
         student: as in the class's folder, or on the roster.
         notebook: the exercise notebook.
-        exercise: the task's letter and the check, "A1 lora_forward".
+        exercise: the task's letter and the check, "B1 lora_layer".
         status: passed, failed, not done, error, timeout or memory.
         symptom: what is wrong, and what went wrong in the cells before.
         seconds: that it took.

@@ -29,7 +29,7 @@ class Check:
     """A check of an exercise notebook, and where a submission calls it.
 
     Attributes:
-        label: the task's letter and the name, "A1 lora_forward".
+        label: the task's letter and the name, "B1 lora_layer".
         name: its name.
         arguments: as they are written.
         after: the place of the last cell that calls it; None if no cell does.
