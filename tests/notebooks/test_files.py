@@ -8,7 +8,7 @@ from lora_edu.course.notebooks import inspection
 from lora_edu.course.notebooks.exercises import outdated
 from lora_edu.course.notebooks.predictions import shares
 from lora_edu.course.notebooks.stored import EXERCISES, LESSONS, SOLUTIONS, list_notebooks, read
-from lora_edu.course.publish.claims import PAGE, claims_page, lessons_by_claim, read_ledger
+from lora_edu.course.publish.claims import PAGE, claims_page, lessons_by_claim, read_ledger, unlinked_claims
 
 LESSON_FILES = list_notebooks(LESSONS)
 SOLUTION_FILES = list_notebooks(SOLUTIONS)
@@ -70,6 +70,11 @@ def test_exercises_are_what_the_solutions_give():
 
 def test_the_ledger_has_every_claim_that_a_lesson_names():
     assert {claim.id: claim.shown for claim in read_ledger().claims if claim.shown} == lessons_by_claim()
+
+
+@pytest.mark.parametrize("path", LESSON_FILES + SOLUTION_FILES + EXERCISE_FILES, ids=named)
+def test_every_claim_links_to_its_entry(path):
+    assert list(unlinked_claims(read(path), {claim.id for claim in read_ledger().claims})) == []
 
 
 def test_the_page_of_claims_is_what_the_ledger_gives():
