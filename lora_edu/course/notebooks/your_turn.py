@@ -18,7 +18,7 @@ def learners_copy(notebook: NotebookNode) -> NotebookNode:
     """The notebook as a learner gets it, in place: outputs cleared, and stubs where there were solutions."""
     for cell in clear_outputs(notebook).cells:
         if TAG in cell.metadata.get("tags", []):
-            cell.source = cell.metadata.pop("stub")
+            cell.source = cell.metadata.pop("stub", cell.source)  # in such a copy it stands there already
     return notebook
 
 
