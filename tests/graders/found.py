@@ -1,8 +1,9 @@
-"""What every test of a wrong answer asks: did the check stop where it should, and does its help name the mistake?"""
+"""What tests of the graders share: the solutions' own calls, and whether a check names the mistake where it should."""
 
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,6 +11,18 @@ import pytest
 import torch
 
 from lora_edu.course import checks
+from lora_edu.course.notebooks.stored import SOLUTIONS, list_notebooks, read
+
+
+def calls() -> list:
+    """(notebook, check, names of the learner's objects) for each cell tagged "check"."""
+    found = []
+    for path in list_notebooks(SOLUTIONS):
+        for cell in read(path).cells:
+            if "check" in cell.metadata.get("tags", []):
+                check, objects = re.search(r"checks\.(\w+)\(([\w, ]+)\)", cell.source).groups()
+                found.append(pytest.param(path.stem, check, re.split(r",\s*", objects), id=f"{path.stem[:2]} {check}"))
+    return found
 
 
 def assert_found(report: checks.Report, step: str, words: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from found import each_is_found
 from lora_edu.course import checks
@@ -45,18 +44,38 @@ def one_maximum_for_all(z):
 
 
 def temperature_two(z):
-    return torch.softmax(z / 2, dim=-1)
+    return as_in_the_formula(z / 2)
 
 
 def logarithm(z):
-    return torch.log_softmax(z, dim=-1)
+    return z - torch.logsumexp(z, dim=-1, keepdim=True)
 
 
 def nothing(z):
-    torch.softmax(z, dim=-1)
+    as_in_the_formula(z)
+
+
+def ready_made(z):
+    return torch.softmax(z, dim=-1)
+
+
+def method(z):
+    return z.softmax(-1)
+
+
+def module(z):
+    return torch.nn.Softmax(dim=-1)(z)
+
+
+def exponential_of_the_logarithm(z):
+    return torch.special.log_softmax(z, dim=-1).exp()
 
 
 SOFTMAX = {
+    "torch.softmax": (ready_made, "none below 0", "you call softmax"),
+    "its method": (method, "none below 0", "you call softmax"),
+    "its module": (module, "none below 0", "you call softmax"),
+    "log_softmax": (exponential_of_the_logarithm, "none below 0", "you call log_softmax"),
     "no exponential": (no_exponential, "none below 0", "negative"),
     "the logarithm of it": (logarithm, "none below 0", "negative"),
     "nothing returned": (nothing, "none below 0", "NoneType"),
@@ -73,7 +92,12 @@ test_wrong_softmax_is_found = each_is_found(checks.softmax_by_hand, SOFTMAX)
 
 def per_token(z, y):
     """The loss of every token, with a harmless label where there is none."""
-    return F.cross_entropy(z.transpose(1, 2), y.clamp(min=0), reduction="none")
+    right = z.gather(-1, y.clamp(min=0)[..., None])[..., 0]
+    return torch.logsumexp(z, dim=-1) - right
+
+
+def mean_loss(z, y, ignored=-100):
+    return per_token(z, y)[y != ignored].mean()
 
 
 def divided_by_all(z, y, ignored=-100):
@@ -90,23 +114,23 @@ def mask_as_token_zero(z, y, ignored=-100):
 
 
 def counted_from_the_end(z, y, ignored=-100):
-    return F.cross_entropy(z.flatten(0, 1), (y % z.shape[-1]).flatten())
+    return per_token(z, y % z.shape[-1]).mean()
 
 
 def index_of_the_mask(z, y, ignored=-100):
-    return -torch.log_softmax(z, dim=-1).gather(-1, y[..., None]).mean()
+    return (torch.logsumexp(z, dim=-1, keepdim=True) - z).gather(-1, y[..., None]).mean()
 
 
 def summed(z, y, ignored=-100):
-    return F.cross_entropy(z.flatten(0, 1), y.flatten(), ignore_index=ignored, reduction="sum")
+    return per_token(z, y)[y != ignored].sum()
 
 
 def wrong_sign(z, y, ignored=-100):
-    return -F.cross_entropy(z.flatten(0, 1), y.flatten(), ignore_index=ignored)
+    return -mean_loss(z, y, ignored)
 
 
 def in_bits(z, y, ignored=-100):
-    return F.cross_entropy(z.flatten(0, 1), y.flatten(), ignore_index=ignored) / torch.log(torch.tensor(2.0)).double()
+    return mean_loss(z, y, ignored) / torch.log(torch.tensor(2.0)).double()
 
 
 def logit_alone(z, y, ignored=-100):
@@ -114,8 +138,7 @@ def logit_alone(z, y, ignored=-100):
 
 
 def hard_coded_mark(z, y, ignored=-100):
-    kept = y != -100
-    return F.cross_entropy(z[kept], y[kept].clamp(min=0))
+    return mean_loss(z, y)
 
 
 def overflowing(z, y, ignored=-100):
@@ -131,7 +154,20 @@ def writes_into_labels(z, y, ignored=-100):
 
 
 def number(z, y, ignored=-100):
-    return F.cross_entropy(z.flatten(0, 1), y.flatten(), ignore_index=ignored).item()
+    return mean_loss(z, y, ignored).item()
+
+
+def pytorchs_own(z, y, ignored=-100):
+    return torch.nn.functional.cross_entropy(z.flatten(0, 1), y.flatten(), ignore_index=ignored)
+
+
+def pytorchs_module(z, y, ignored=-100):
+    return torch.nn.CrossEntropyLoss(ignore_index=ignored)(z.flatten(0, 1), y.flatten())
+
+
+def of_ready_logarithms(z, y, ignored=-100):
+    kept = y != ignored
+    return -torch.log_softmax(z[kept], dim=-1)[torch.arange(int(kept.sum())), y[kept]].mean()
 
 
 def outside_autograd(z, y, ignored=-100):
@@ -145,6 +181,9 @@ def half_detached(z, y, ignored=-100):
 
 
 CROSS_ENTROPY = {
+    "PyTorch's own": (pytorchs_own, "every label counts", "you call cross_entropy"),
+    "PyTorch's module": (pytorchs_module, "every label counts", "you call cross_entropy"),
+    "a ready-made logarithm": (of_ready_logarithms, "every label counts", "you call log_softmax"),
     "a float": (number, "every label counts", "float"),
     "a sum": (summed, "every label counts", "times as much"),
     "wrong sign": (wrong_sign, "every label counts", "sign"),

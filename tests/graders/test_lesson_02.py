@@ -40,7 +40,11 @@ RANK = {
     "counts the values": (lambda b, a: float(len(shares(b, a))), "this is the rank"),
     "stable rank": (lambda b, a: stable_rank(a - b), "stable rank"),
     "participation ratio": (lambda b, a: 1 / (shares(b, a) ** 2).sum().item(), "1 / Σp²"),
-    "of the weight, not the update": (lambda b, a: effective_rank(a), "weight after training"),
+    "of the weight, not the update": (
+        lambda b, a: entropy(shares(torch.zeros_like(a), a)).exp().item(),
+        "weight after training",
+    ),
+    "the library's": (lambda b, a: effective_rank(a - b), "the library's effective_rank"),
     "a tensor": (lambda b, a: entropy(shares(b, a)).exp(), "you return a Tensor"),
 }
 test_effective_rank_mistake = each_is_found(checks.update_effective_rank, RANK, step="random update")

@@ -289,6 +289,33 @@ GRADIENTS = {
         lambda g, x, W, A, B, s: (s * B.T @ (g.mT @ x), s * (g.mT @ x) @ A.T, g @ (W + s * B @ A)), "sequences", "",
     ),
 }  # fmt: skip
+
+
+def by_autograd(g: Any, x: Any, W: Any, A: Any, B: Any, s: float) -> tuple[Any, ...]:
+    with torch.enable_grad():
+        leaves = [tensor.clone().requires_grad_() for tensor in (A, B, x)]
+        y = leaves[2] @ W.T + s * leaves[2] @ leaves[0].T @ leaves[1].T
+        return torch.autograd.grad(y, leaves, g)
+
+
+def by_backward(g: Any, x: Any, W: Any, A: Any, B: Any, s: float) -> tuple[Any, ...]:
+    with torch.enable_grad():
+        leaves = [tensor.clone().requires_grad_() for tensor in (A, B, x)]
+        (leaves[2] @ W.T + s * leaves[2] @ leaves[0].T @ leaves[1].T).backward(g)
+    return tuple(leaf.grad for leaf in leaves)
+
+
+def by_vjp(g: Any, x: Any, W: Any, A: Any, B: Any, s: float) -> tuple[Any, ...]:
+    _, pull = torch.func.vjp(lambda A, B, x: x @ W.T + s * x @ A.T @ B.T, A, B, x)
+    return pull(g)
+
+
+GRADIENTS |= {
+    "autograd": (by_autograd, "shape", "you let autograd"),
+    "backward": (by_backward, "shape", "you let autograd"),
+    "autograd without its graph": (lambda g, x, *rest: torch.autograd.grad(x.sum(), x), "shape", "you let autograd"),
+    "a function transform": (by_vjp, "shape", "you let autograd"),
+}
 test_gradients_name_the_mistake = each_is_found(checks.lora_gradients, GRADIENTS)
 
 
@@ -458,6 +485,8 @@ RATE = {
     "the best rate": (lambda res, limit: min(res, key=lambda rate: min(res[rate])), "every draw"),
     "the median decides": (lambda res, limit: walk(res, lambda v: sorted(v)[len(v) // 2] <= limit), "every draw"),
     "the best draw decides": (lambda res, limit: walk(res, lambda v: min(v) <= limit), "every draw"),
+    "below the limit only": (lambda res, limit: walk(res, lambda v: all(x < limit for x in v)), "at the limit"),
+    "a limit of its own": (lambda res, limit: walk(res, lambda v: all(x <= 1.0 for x in v)), "the largest rate|at the"),
     "NaN slips through": (lambda res, limit: walk(res, lambda v: not any(x > limit for x in v)), "NaN"),
     "any rate that passes": (
         lambda res, limit: max((r for r in res if all(v <= limit for v in res[r])), default=None), "first failure",
@@ -480,6 +509,18 @@ def unsorted(results: Any, limit: float) -> float | None:
             break
         largest = rate
     return largest
+
+
+def test_answers_in_the_order_of_the_tasks_are_found() -> None:
+    """Whoever reads the check could return its answers one after another; the drawn tables come in no order."""
+    smallest = iter([2, 1, 1, 1, 1, 1, 4, None])
+
+    def recited(results: Any, limit: float) -> float | None:
+        steps = next(smallest, 1)
+        return steps and steps * min(results)
+
+    report = checks.tolerated_rate(recited)
+    assert report.status == "failed", report.text
 
 
 def test_rate_in_the_order_of_the_dictionary() -> None:

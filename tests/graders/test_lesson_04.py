@@ -7,14 +7,18 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import peft
 import pytest
 import torch
+from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from found import each_is_found
-from lora_edu import LoRALinear
+from lora_edu import LoraConfig, LoRALinear, inject, load_adapter, save_adapter
+from lora_edu.core.adapter import adapter_layers
 from lora_edu.core.matching import matches_names
+from lora_edu.core.peft_io import tensors_of as tensors_of_adapter
 from lora_edu.course import checks
 
 pytestmark = pytest.mark.graders
@@ -41,6 +45,12 @@ NAME_MATCHING = {
         "One fit is enough",
     ),
     "only the first": (lambda n, ts: n == ts[0] or n.endswith("." + ts[0]), "one fitting target", "any("),
+    "the library's rule": (lambda n, ts: matches_names(ts, n), "last segment", "you call matches_names"),
+    "PEFT's rule": (
+        lambda n, ts: bool(check_target_module_exists(peft.LoraConfig(target_modules=ts), n)),
+        "last segment",
+        "which holds the rule",
+    ),
     "a pattern": (lambda n, ts: any(re.search(rf"(^|\.){t}$", n) for t in ts), "no patterns", "regular expression"),
 }
 test_name_matching_names_the_mistake = each_is_found(checks.name_matching, NAME_MATCHING)
@@ -106,6 +116,16 @@ def published(model: nn.Module, targets: Sequence[str], r: int = 8, lora_alpha: 
     return found
 
 
+def by_the_library(model: nn.Module, targets: Sequence[str], r: int = 8, lora_alpha: float = 8) -> list[str]:
+    inject(model, LoraConfig(r=r, lora_alpha=lora_alpha, target_modules=targets))
+    return list(adapter_layers(model))
+
+
+def by_peft(model: nn.Module, targets: Sequence[str], r: int = 8, lora_alpha: float = 8) -> list[str]:
+    peft.get_peft_model(model, peft.LoraConfig(r=r, lora_alpha=lora_alpha, target_modules=targets))
+    return []
+
+
 def while_walking(model: nn.Module, targets: Sequence[str], r: int = 8, lora_alpha: float = 8) -> list[str]:
     found = []
     for parent_name, parent in model.named_modules():
@@ -129,6 +149,8 @@ def substring_but_right(targets: Sequence[str], name: str) -> bool:
 
 
 HAND_INJECTION = {
+    "the library's injection": (by_the_library, "every target is replaced", "you call inject"),
+    "PEFT's injection": (by_peft, "every target is replaced", "the library injects"),
     "in a copy": (in_a_copy, "every target is replaced", "a copy of it"),
     "top level only": (top_level_only, "every target is replaced", "at every depth"),
     "a layer at the top": (published, "every target is replaced", "not enough values to unpack"),
@@ -218,6 +240,14 @@ def load_only_a(model: nn.Module, file: Path) -> None:
 
 
 SAVE_AND_LOAD = {
+    "the library's files": (
+        lambda model, file: save_adapter(model, file.parent), lambda model, file: load_adapter(model, file.parent),
+        "nothing else", "you call save_adapter",
+    ),
+    "the library's tensors": (
+        lambda model, file: save_file(tensors_of_adapter(adapter_layers(model), []), file), loader(),
+        "nothing else", "you call tensors_of",
+    ),
     "base weights too": (save_everything, loader(), "nothing else", "belongs to the base"),
     "one layer only": (save_first_layer, loader(), "nothing else", "the adapter has"),
     "a pickle": (save_pickle, loader(), "nothing else", "no safetensors file"),
@@ -232,7 +262,7 @@ SAVE_AND_LOAD = {
     "foreign not noticed": (saver(), loader(foreign=False), "foreign tensor", "without a word"),
     "shapes not compared": (saver(), loader(shapes=False), "another rank", "copy_ broadcasts"),
     "copied before checking": (saver(), loader(early=True), "tensor missing", "half of it had been loaded"),
-}
+}  # fmt: skip
 test_save_and_load_names_the_mistake = each_is_found(checks.save_and_load, SAVE_AND_LOAD)
 
 
@@ -259,6 +289,11 @@ SEED_VERDICT = {
         "inside the other",
     ),
     "equal counts": (lambda a, b: ranges(a, b, equal=True), "touch", "same loss"),
+    "a tie goes to a": (
+        lambda a, b: "not evidence" if min(len(a), len(b)) < 2 else ranges(a, b) if min(a) != max(b) else "a",
+        "touch",
+        "same loss",
+    ),
     "one seed decides": (lambda a, b: ranges(a, b, few=1), "single seed", "spread of one seed"),
 }
 test_seed_verdict_names_the_mistake = each_is_found(checks.seed_verdict, SEED_VERDICT)

@@ -11,10 +11,13 @@ from pathlib import Path
 
 import pytest
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from found import each_is_found
+from lora_edu.counting import lora_parameters
+from lora_edu.counting.parameters import lora_formula
 from lora_edu.course import checks
 
 pytestmark = pytest.mark.graders
@@ -29,6 +32,7 @@ LORA_COUNT = {
     "only A": (lambda i, o, r: r * i, "a square layer", "the other is missing"),
     "square assumed": (lambda i, o, r: 2 * r * i, "not square", "as if the layer were square"),
     "square assumed from the output": (lambda i, o, r: 2 * r * o, "not square", "as if the layer were square"),
+    "the library's": (lambda i, o, r: lora_formula([(o, i)], r), "a square layer", "you call lora_formula"),
     "r by r core": (lambda i, o, r: r * r, "a square layer", "not the number of entries of A and B"),
 }
 test_lora_count_names_the_mistake = each_is_found(checks.lora_count, LORA_COUNT)
@@ -114,6 +118,11 @@ COUNT_TARGETS = {
     ),
     "embeddings left out": (counter(kinds=(nn.Linear, Conv1D)), "embeddings", "you count"),
     "two names counted twice": (counter(remove_duplicate=False), "two names", "two names"),
+    "the library's": (
+        lambda model, r, targets: lora_parameters(model, r, targets),
+        "own shape",
+        "you call lora_parameters",
+    ),
     "no error": (counter(refuse=False), "no match", "without a word"),
 }
 test_count_targets_names_the_mistake = each_is_found(partial(checks.count_targets, hint=3), COUNT_TARGETS)
@@ -154,9 +163,18 @@ def big_endian(path: Path) -> dict[str, int]:
     return file_answer(path)
 
 
-def no_header(path: Path) -> dict[str, int]:
+def with_the_library(path: Path) -> dict[str, int]:
     with safe_open(path, "pt") as file:
-        return {"parameters": sum(file.get_tensor(key).numel() for key in file.keys())}  # noqa: SIM118
+        numbers = sum(file.get_tensor(key).numel() for key in file.keys())  # noqa: SIM118
+    return {**file_answer(path), "parameters": numbers}
+
+
+def with_its_loader(path: Path) -> dict[str, int]:
+    return {**file_answer(path), "parameters": sum(tensor.numel() for tensor in load_file(path).values())}
+
+
+def only_parameters(path: Path) -> dict[str, int]:
+    return {"parameters": file_answer(path)["parameters"]}
 
 
 ADAPTER_FILE = {
@@ -166,7 +184,9 @@ ADAPTER_FILE = {
     "bytes as numbers": (lambda path: file_answer(path, numbers="bytes"), "a float32 file", "bytes, not numbers"),
     "only A": (lambda path: file_answer(path, numbers="only A"), "a float32 file", "your parameters is"),
     "big-endian": (big_endian, "a float32 file", "your code raised"),
-    "keys missing": (no_header, "a float32 file", "no entry 'header_bytes'"),
+    "the library's reader": (with_the_library, "a float32 file", "you call safe_open"),
+    "the library's loader": (with_its_loader, "a float32 file", "you call load_file"),
+    "keys missing": (only_parameters, "a float32 file", "no entry 'header_bytes'"),
     "metadata as a tensor": (lambda path: file_answer(path, skip=False), "a metadata entry", "KeyError: 'shape'"),
     "four bytes a number": (lambda path: file_answer(path, numbers="four bytes"), "16-bit", "not every number has 4"),
 }

@@ -9,10 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_edu.course.checks import tools
+from lora_edu.course.checks.candidates import without
 from lora_edu.course.checks.report import Report, Wrong, run_steps
 from lora_edu.course.checks.tools import between, normal
 from lora_edu.lab.datasets import IGNORED
 
+READY_MADE = ("softmax", "log_softmax", "cross_entropy", "nll_loss")
 close = partial(tools.close, rtol=1e-6)  # an answer in float32 is right, too
 
 
@@ -43,6 +45,12 @@ def need_tensor(value: Any, shape: tuple[int, ...], what: str) -> Tensor:
     return value
 
 
+@without(
+    *READY_MADE,
+    symptom="you call {name}; this exercise wants the formula itself",
+    question="Which formula stands in question 6 of the lesson?",
+    fix="Divide exponentials by their sum over the row: torch.exp and .sum(dim=-1, keepdim=True).",
+)
 def softmax_by_hand(candidate: Callable[..., Any], hint: int = 1) -> Report:
     """Exercise A1 of lesson 00: ``candidate(logits)`` is the softmax of each row, for logits of any size."""
 
@@ -119,6 +127,12 @@ def softmax_by_hand(candidate: Callable[..., Any], hint: int = 1) -> Report:
     return run_steps("Softmax", steps, hint)
 
 
+@without(
+    *READY_MADE,
+    symptom="you call {name}; this exercise wants the loss without it",
+    question="What is −ln p of one token, written with the logits of its row?",
+    fix="−ln p = torch.logsumexp(z, dim=-1) minus the logit of the right token.",
+)
 def masked_cross_entropy(candidate: Callable[..., Any], hint: int = 1) -> Report:
     """Exercise B1 of lesson 00: ``candidate(logits, labels)`` is the mean loss over labels other than −100."""
 

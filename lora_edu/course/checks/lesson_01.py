@@ -1,12 +1,12 @@
 """Checks of lesson 01: truncation (A1), break-even (A2), factors without an SVD (B1), best for the inputs (C1)."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lora_edu.course.checks.candidates import without
 from lora_edu.course.checks.report import Report, Wrong, run_steps
 from lora_edu.course.checks.tools import between, close_in_norm, is_transposed, is_whole, normal
 from lora_edu.lowrank import eckart_young_error, low_rank_approximation
@@ -55,6 +55,12 @@ def need_rank(value: Tensor, r: int, full: int) -> None:
         )
 
 
+@without(
+    "lora_edu.lowrank",
+    symptom="you call {name}, which truncates for you",
+    question="The three pieces U, S and Vh are there already. Which part of each makes up the best matrix?",
+    fix="Return (U[:, :r] * S[:r]) @ Vh[:r].",
+)
 def rank_r_approximation(candidate: Callable[..., Any], hint: int = 1) -> Report:
     """Exercise A1 of lesson 01: ``candidate(W, r)`` is the truncated SVD's matrix, for tall and wide W."""
 
@@ -149,29 +155,17 @@ def break_even_rank(candidate: Callable[..., Any], hint: int = 1) -> Report:
     return run_steps("Break-even rank", steps, hint)
 
 
-@contextmanager
-def _without_svd() -> Iterator[None]:
-    def refuse(*args: Any, **kwargs: Any) -> None:
-        raise Wrong(
-            "you call the SVD; this exercise wants the factors without it",
-            "If A is fixed, which B makes the error smallest? That is an ordinary least-squares problem.",
-            "B = torch.linalg.lstsq(A.T, W.T).solution.T, then A = torch.linalg.lstsq(B, W).solution, many times.",
-        )
-
-    kept = torch.linalg.svd, torch.svd, torch.svd_lowrank, torch.pca_lowrank
-    torch.linalg.svd = torch.svd = torch.svd_lowrank = torch.pca_lowrank = refuse  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        torch.linalg.svd, torch.svd, torch.svd_lowrank, torch.pca_lowrank = kept
-
-
+@without(
+    "svd", "svdvals", "svd_lowrank", "pca_lowrank", "svds", "eig", "eigh", "lobpcg", "eigsh",
+    symptom="you call {name}; this exercise wants the factors without an SVD, and the eigenvectors of WᵀW are one",
+    question="If A is fixed, which B makes the error smallest? That is an ordinary least-squares problem.",
+    fix="B = torch.linalg.lstsq(A.T, W.T).solution.T, then A = torch.linalg.lstsq(B, W).solution, many times.",
+)  # fmt: skip
 def fitted_factors(candidate: Callable[..., Any], hint: int = 1) -> Report:
     """Exercise B1 of lesson 01: ``candidate(W, r)`` returns (B, A) near the optimum, by alternating least squares."""
 
     def fit(W: Tensor, r: int) -> tuple[Tensor, Tensor]:
-        with _without_svd():
-            pair = candidate(W.clone(), r)
+        pair = candidate(W.clone(), r)
         if not isinstance(pair, tuple) or len(pair) != 2:
             raise Wrong(f"you return a {type(pair).__name__}", "How many factors are there?", "Return the pair (B, A).")
         m, n = W.shape

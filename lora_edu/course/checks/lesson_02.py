@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_edu.course.checks.candidates import without
 from lora_edu.course.checks.report import Report, Wrong, run_steps
 from lora_edu.course.checks.tools import (
     between,
@@ -26,6 +27,12 @@ from lora_edu.lowrank import effective_rank, low_rank_approximation, singular_va
 same_number = partial(close_number, tolerance=1e-6)
 
 
+@without(
+    "lora_edu.lowrank.effective_rank",
+    symptom="you call the library's {name}",
+    question="What do you get for n equal shares p = 1/n, and what should it be?",
+    fix="Return torch.exp(-(p * p.log()).sum()).item().",
+)
 def update_effective_rank(candidate: Callable[[Tensor, Tensor], float], hint: int = 1) -> Report:
     """Exercise A1 of lesson 02: ``candidate(before, after)`` is the effective rank of after − before."""
     rule = "Return torch.exp(-(p * p.log()).sum()).item(), with p = σ / Σσ of after − before."

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_edu.core.layer import LoRALinear
+from lora_edu.course.checks.candidates import without
 from lora_edu.course.checks.report import Report, Step, Wrong, run_steps
 from lora_edu.course.checks.tools import (
     close,
@@ -459,6 +460,12 @@ def peft_layer(base: nn.Linear, r: int, alpha: float) -> tuple[nn.Module, Tensor
     return model, layer.lora_A["default"].weight, layer.lora_B["default"].weight
 
 
+@without(
+    "torch.autograd.grad", "torch.autograd.backward", "torch.autograd.functional", "torch._functorch",
+    symptom="you let autograd differentiate; this exercise wants matrix products only",
+    question="Which of the matrices g, x, W, A and B does each gradient contain, and in which order?",
+    fix="With G = gᵀ x of shape (out, in): dA = s Bᵀ G, dB = s G Aᵀ, dx = g (W + s B A).",
+)  # fmt: skip
 def lora_gradients(candidate: Callable[..., Sequence[Tensor]], hint: int = 1) -> Report:
     """Exercise B2: ``candidate(g, x, W, A, B, s)`` is (∂L/∂A, ∂L/∂B, ∂L/∂x) for g = ∂L/∂y, without autograd."""
 
@@ -513,59 +520,105 @@ def lora_gradients(candidate: Callable[..., Sequence[Tensor]], hint: int = 1) ->
     return run_steps("gradients by hand", steps, hint)
 
 
+def last_tolerated(results: Mapping[float, Sequence[float]], limit: float) -> float | None:
+    """The largest rate up to which every rate ends all its runs at or below the limit."""
+    largest = None
+    for rate in sorted(results):
+        if not all(loss <= limit for loss in results[rate]):
+            break
+        largest = rate
+    return largest
+
+
+def drawn_results(limit: float) -> dict[float, list[float]]:
+    """Losses of some rates in any order; the larger ones are likelier to fail, and some losses equal the limit."""
+    rates, draws = (
+        random.sample([0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1], random.randint(2, 6)),
+        random.randint(1, 4),
+    )
+    fails = random.uniform(0, 0.4)
+    results = {}
+    for rate in rates:
+        losses = [random.choice([limit, limit * random.uniform(0.2, 0.99)]) for _ in range(draws)]
+        if random.random() < fails:
+            losses[random.randrange(draws)] = random.choice([limit * random.uniform(1.01, 3), math.nan, math.inf])
+        results[rate] = losses
+    return results
+
+
 def tolerated_rate(
     candidate: Callable[[Mapping[float, Sequence[float]], float], float | None], hint: int = 1
 ) -> Report:
     """Exercise C1: the largest rate up to which every rate ends all its runs at or below ``limit``, or None."""
     nan = math.nan
 
-    def expect(results: Mapping[float, Sequence[float]], right: float | None, question: str, fix: str) -> None:
-        got = candidate(dict(results), 1.0)
-        if got != right:
-            raise Wrong(f"for {dict(results)} and limit=1.0 you return {got}, not {right}", question, fix)
+    def expect(results: Mapping[float, Sequence[float]], limit: float, question: str, fix: str) -> None:
+        got = candidate({rate: list(losses) for rate, losses in results.items()}, limit)
+        if got != (right := last_tolerated(results, limit)):
+            raise Wrong(f"for {dict(results)} and limit={limit} you return {got}, not {right}", question, fix)
 
-    one = random.choice([0.01, 0.02])
+    def ask(losses: Mapping[int, Sequence[float]], question: str, fix: str) -> None:
+        """``losses`` holds multiples of the smallest rate, and losses for a limit of 1."""
+        one, limit = random.choice([0.01, 0.02]), random.choice([0.5, 1.5, 2.0])
+        results = {k * one: [round(limit * loss, 4) for loss in each] for k, each in losses.items()}
+        expect(results, limit, question, fix)
 
     def plain() -> None:
-        expect(
-            {one: [0.5, 0.6], 2 * one: [0.4, 0.9], 4 * one: [3.0, 2.5]}, 2 * one,
+        ask(
+            {1: [0.5, 0.6], 2: [0.4, 0.9], 4: [3.0, 2.5]},
             "Which rates end all their runs at or below the limit?", "all(loss <= limit for loss in losses)",
         )  # fmt: skip
 
+    def equal() -> None:
+        ask(
+            {1: [0.5, 0.6], 2: [1.0, 0.9], 4: [1.5, 1.25]},
+            "A run ends exactly at the limit. What does the task say about it?", "At or below: loss <= limit.",
+        )  # fmt: skip
+
     def every_draw() -> None:
-        expect(
-            {one: [0.5, 0.6, 0.7], 2 * one: [0.4, 0.5, 1.9]}, one,
+        ask(
+            {1: [0.5, 0.6, 0.7], 2: [0.4, 0.5, 1.9]},
             "One draw of three fails at the larger rate. Is that tolerated?", "Ask all draws, not the median.",
         )  # fmt: skip
 
     def diverged() -> None:
-        expect(
-            {one: [0.5, 0.6], 2 * one: [0.4, nan]}, one,
-            "What does a comparison with NaN give?", "loss <= limit is False for NaN; max() and sorted() are not safe.",
-        )  # fmt: skip
+        fix = "loss <= limit is False for NaN; max() and sorted() are not safe."
+        ask({1: [0.5, 0.6], 2: [0.4, nan]}, "What does a comparison with NaN give?", fix)
+        ask({1: [0.5, 0.6], 2: [nan, 0.4]}, "What does a comparison with NaN give?", fix)
 
     def gap() -> None:
-        expect(
-            {one: [0.5, 0.6], 2 * one: [2.0, 0.6], 4 * one: [0.9, 0.8]}, one,
+        ask(
+            {1: [0.5, 0.6], 2: [2.0, 0.6], 4: [0.9, 0.8]},
             "A rate fails and a larger one gets through. Up to where may you raise the rate?",
             "Walk up from the smallest rate, and stop at the first failure.",
         )  # fmt: skip
 
     def order() -> None:
-        expect(
-            {4 * one: [0.4, 0.3], one: [0.5, 0.6], 2 * one: [0.6, 0.7]}, 4 * one,
+        ask(
+            {4: [0.4, 0.3], 1: [0.5, 0.6], 2: [0.6, 0.7]},
             "In which order do you meet the rates?", "for rate in sorted(results)",
         )  # fmt: skip
 
     def none() -> None:
-        expect({one: [2.0, 0.5], 2 * one: [0.6, 0.7]}, None, "What if the smallest rate fails?", "Return None.")
+        ask({1: [2.0, 0.5], 2: [0.6, 0.7]}, "What if the smallest rate fails?", "Return None.")
+
+    def drawn() -> None:
+        for _ in range(40):
+            limit = random.choice([0.5, 1.5, 2.0])
+            expect(
+                drawn_results(limit), limit,
+                "Which of the points above does this table test?",
+                "Walk up the sorted rates while all losses are at or below the limit, and keep the last one.",
+            )  # fmt: skip
 
     steps = [
         ("the largest rate at which the runs end below the limit", plain),
         ("every draw counts", every_draw),
+        ("a run that ends at the limit is tolerated", equal),
         ("NaN is a failure", diverged),
         ("nothing beyond the first failure", gap),
         ("in any order", order),
         ("None if no rate is tolerated", none),
+        ("40 drawn tables", drawn),
     ]
     return run_steps("tolerated rate", steps, hint)

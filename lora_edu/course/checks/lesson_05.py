@@ -15,10 +15,17 @@ from lora_edu.core.matching import is_target
 from lora_edu.core.peft_io import WEIGHTS_FILE
 from lora_edu.counting import count_parameters, lora_parameters
 from lora_edu.counting.meta import meta_model
+from lora_edu.course.checks.candidates import without
 from lora_edu.course.checks.report import Report, Wrong, run_steps
 from lora_edu.course.checks.tools import close_number, dtype_name, is_whole, known_slip, need_refusal, temporary_folder
 
 
+@without(
+    "lora_edu.counting", "peft",
+    symptom="you call {name}, which counts for you",
+    question="Which shapes have A and B, and how many entries has each?",
+    fix="A is (r, in_features) and B is (out_features, r): return r * (in_features + out_features).",
+)  # fmt: skip
 def lora_count(candidate: Callable[[int, int, int], int], hint: int = 1) -> Report:
     """Exercise A1: ``candidate(in_features, out_features, r)`` is the number of LoRA parameters of one layer."""
 
@@ -124,6 +131,12 @@ def peft_numbers(candidate: Callable[[int, int, int], tuple[int, int, float]], h
     return run_steps("PEFT's numbers", steps, hint)
 
 
+@without(
+    "lora_edu.counting", "peft",
+    symptom="you call {name}, which counts for you",
+    question="Which layers match, and what does each of them add?",
+    fix="Walk model.named_modules(), and add r * sum(module.weight.shape) for each match.",
+)  # fmt: skip
 def count_targets(candidate: Callable[[nn.Module, int, list[str]], int], hint: int = 1) -> Report:
     """Exercise B1: ``candidate(model, r, targets)`` counts LoRA's parameters over a model's layers by name endings."""
 
@@ -250,6 +263,12 @@ def count_targets(candidate: Callable[[nn.Module, int, list[str]], int], hint: i
     return run_steps("count of a model", steps, hint)
 
 
+@without(
+    "safetensors.torch", "safetensors.numpy", "safe_open", "deserialize",
+    symptom="you call {name} of the safetensors library; this exercise reads the bytes itself",
+    question="What do the first 8 bytes say, and what follows them?",
+    fix="data = path.read_bytes(); length = int.from_bytes(data[:8], 'little'); json.loads(data[8 : 8 + length]).",
+)  # fmt: skip
 def adapter_file(candidate: Callable[[Path], Mapping[str, int]], hint: int = 1) -> Report:
     """Exercise B2: ``candidate(path)`` reads a safetensors file's own header: parameters, header and tensor bytes."""
     fields = ("parameters", "header_bytes", "tensor_bytes")

@@ -12,10 +12,17 @@ from lora_edu.counting.flops import step_flops
 from lora_edu.counting.measure import saved_bytes
 from lora_edu.counting.memory import find_recipe, training_memory
 from lora_edu.counting.meta import meta_model
+from lora_edu.course.checks.candidates import without
 from lora_edu.course.checks.report import Report, Wrong, run_steps
 from lora_edu.course.checks.tools import close_number, known_slip, need_several
 
 
+@without(
+    "lora_edu.counting",
+    symptom="you call {name}, which adds up for you",
+    question="Which tensors exist for a number that trains, and which for one that does not?",
+    fix="Return frozen * frozen_bytes + trained * (weight + gradient + 2 * moment + master).",
+)
 def state_bytes(candidate: Callable[..., float], hint: int = 1) -> Report:
     """Exercise A1: ``candidate(frozen, trained, frozen_bytes, weight, gradient, moment, master=0)`` in bytes."""
     rule = "frozen * frozen_bytes + trained * (weight + gradient + 2 * moment + master)"
@@ -73,6 +80,12 @@ def state_bytes(candidate: Callable[..., float], hint: int = 1) -> Report:
     return run_steps("bytes of a recipe", steps, hint)
 
 
+@without(
+    "lora_edu.counting",
+    symptom="you call {name}, which counts for you",
+    question="Which products does a weight take part in: forward, gradient of its input, its own gradient?",
+    fix="Return tokens * (frozen * (4 + again) + trained * (6 + again)), again = 2 with checkpointing and 0 without.",
+)
 def step_operations(candidate: Callable[..., int], hint: int = 1) -> Report:
     """Exercise A2: ``candidate(frozen, trained, tokens, checkpointing=False)`` operations of a training step."""
     rule = "tokens * (frozen * (4 + again) + trained * (6 + again)), again = 2 with checkpointing and 0 without."
@@ -140,6 +153,12 @@ def step_operations(candidate: Callable[..., int], hint: int = 1) -> Report:
     return run_steps("operations of a step", steps, hint)
 
 
+@without(
+    "lora_edu.counting",
+    symptom="you call {name}, which asks autograd for you",
+    question="Which tensors reach pack, what memory lies behind each, and which of it is the model's own?",
+    fix="Use torch.autograd.graph.saved_tensors_hooks(pack, unpack) around forward().",
+)
 def kept_bytes(candidate: Callable[[nn.Module, Callable[[], Tensor]], int], hint: int = 1) -> Report:
     """Exercise B1: ``candidate(model, forward)`` is the bytes that autograd keeps, without the parameters."""
 
