@@ -38,6 +38,16 @@ def patched_for_any_shape(z):
     return e / (s if s.shape[0] == z.shape[1] else s[:, None])
 
 
+def minus(reference):
+    """The formula after subtracting a number of each row that need not be its largest."""
+
+    def answer(z):
+        e = torch.exp(z - reference(z))
+        return e / e.sum(dim=-1, keepdim=True)
+
+    return answer
+
+
 def one_maximum_for_all(z):
     e = torch.exp(z - z.max())
     return e / e.sum(dim=-1, keepdim=True)
@@ -84,9 +94,45 @@ SOFTMAX = {
     "keepdim forgotten": (without_keepdim, "none below 0", "RuntimeError"),
     "keepdim patched, wrong for squares": (patched_for_any_shape, "square", "sum of another row"),
     "a temperature": (temperature_two, "square", "differs from torch.softmax"),
-    "overflow": (as_in_the_formula, "1000", "not numbers"),
+    "overflow": (as_in_the_formula, "large logits", "not numbers"),
+    "minus the mean of the row": (minus(lambda z: z.mean(dim=-1, keepdim=True)), "large logits", "not numbers"),
+    "minus the median": (minus(lambda z: z.median(dim=-1, keepdim=True).values), "large logits", "not numbers"),
+    "minus the first logit": (minus(lambda z: z[..., :1]), "large logits", "not numbers"),
     "one maximum for all rows": (one_maximum_for_all, "far apart", "near −1000"),
 }
+
+
+def in_place(z):
+    z -= z.max(dim=-1, keepdim=True).values
+    z.exp_()
+    z /= z.sum(dim=-1, keepdim=True)
+    return z
+
+
+def all_alike(z):
+    """Overwrites what it is given, so that a check which compares too late finds what it expects."""
+    z.zero_()
+    return torch.full_like(z, 1 / z.shape[-1])
+
+
+SOFTMAX["inputs overwritten"] = (all_alike, "square", "differs from torch.softmax")
+RIGHT_SOFTMAX = [
+    in_place,
+    minus(lambda z: z.max(dim=-1, keepdim=True).values),
+    lambda z: torch.exp(z - torch.logsumexp(z, dim=-1, keepdim=True)),
+    lambda z: torch.stack([torch.exp(row - row.max()) / torch.exp(row - row.max()).sum() for row in z]),
+    lambda z: 1 / torch.exp(z[..., None, :] - z[..., None]).sum(dim=-1),
+]
+
+
+@pytest.mark.parametrize("right", RIGHT_SOFTMAX)
+@pytest.mark.parametrize("seed", range(3))
+def test_other_right_softmaxes_pass(right, seed, monkeypatch):
+    monkeypatch.setenv("LORA_EDU_CHECK_SEED", str(seed))
+    report = checks.softmax_by_hand(right)
+    assert report.status == "passed", report.text
+
+
 test_wrong_softmax_is_found = each_is_found(checks.softmax_by_hand, SOFTMAX)
 
 

@@ -83,6 +83,16 @@ def in_place(before, after, r):
     return before
 
 
+def linear_layers_only(before, after, r):
+    model = copy.deepcopy(before)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and r > 0:
+            delta = after.get_submodule(name).weight - module.weight
+            with torch.no_grad():
+                module.weight.add_(low_rank_approximation(delta, min(r, *delta.shape)))
+    return model
+
+
 def first_rows(b, a, r):
     keep = (torch.arange(len(b)) < r)[:, None]
     return b + keep * (a - b)
@@ -108,6 +118,7 @@ CUTS = {
     "nothing cut": (cutter(lambda b, a, r: a), "every matrix", "nothing was cut"),
     "nothing added": (cutter(lambda b, a, r: b), "every matrix", "nothing was added"),
     "rank off by one": (cutter(lambda b, a, r: right(b, a, r - 1)), "every matrix", "has rank"),
+    "linear layers only": (linear_layers_only, "every matrix", "nothing was added"),
     "first rows": (cutter(first_rows), "every matrix", "not the best one"),
     "large r fails": (cutter(right, edge=False), "a rank above", "ValueError"),
 }
@@ -146,6 +157,17 @@ def fixed_draw(delta, r):
     return top(delta, r), ((delta @ Q).norm() ** 2 / delta.norm() ** 2).item()
 
 
+def axes(delta, r):
+    chosen = delta[:, torch.randperm(delta.shape[1])[:r]]
+    return top(delta, r), (chosen.norm() ** 2 / delta.norm() ** 2).item()
+
+
+def singular_directions(delta, r):
+    V = torch.linalg.svd(delta)[2].T
+    chosen = V[:, torch.randperm(len(V))[:r]]
+    return top(delta, r), ((delta @ chosen).norm() ** 2 / delta.norm() ** 2).item()
+
+
 def smallest(delta, r):
     return energies(torch.zeros_like(delta), delta)[-r:].sum().item()
 
@@ -164,6 +186,8 @@ SHARES = {
     "not orthonormal": (not_orthonormal, "orthonormal", "should hold everything"),
     "unit length only": (normalised_only, "orthonormal", "should hold everything"),
     "output side": (output_side, "r/k", "output directions"),
+    "coordinate axes": (axes, "every side", "everything or nothing"),
+    "singular directions": (singular_directions, "every side", "everything or nothing"),
     "fixed draw": (fixed_draw, "r/k", "same at each call"),
     "formula": (lambda d, r: (top(d, r), r / d.shape[1]), "r/k", "same at each call"),
     "the top ones again": (lambda d, r: (top(d, r), top(d, r)), "r/k", "same at each call"),

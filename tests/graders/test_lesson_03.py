@@ -91,6 +91,65 @@ class SameRows(Right):
         nn.init.ones_(self.lora_A)
 
 
+class OtherStart(Right):
+    def change(self) -> None:
+        nn.init.zeros_(self.lora_A)
+        nn.init.normal_(self.lora_B)
+
+
+class StandardNormal(Right):
+    def change(self) -> None:
+        nn.init.normal_(self.lora_A)
+
+
+class WrongFan(Right):
+    """As the lesson's 'Spot the bug': the initialisation reads the rank for the number of inputs."""
+
+    def change(self) -> None:
+        turned = torch.empty(self.lora_A.T.shape)
+        self.lora_A.data.copy_(nn.init.kaiming_uniform_(turned, a=math.sqrt(5)).T)
+
+
+class ForReLU(Right):
+    def change(self) -> None:
+        nn.init.kaiming_uniform_(self.lora_A)
+
+
+class Xavier(Right):
+    def change(self) -> None:
+        nn.init.xavier_uniform_(self.lora_A)
+
+
+class NeverNegative(Right):
+    def change(self) -> None:
+        nn.init.uniform_(self.lora_A, 0, 2 / math.sqrt(self.lora_A.shape[1]))
+
+
+class Gaussian(Right):
+    """PEFT's other start."""
+
+    def change(self) -> None:
+        nn.init.normal_(self.lora_A, std=1 / self.r)
+
+
+class Uniform(Right):
+    def change(self) -> None:
+        bound = 1 / math.sqrt(self.lora_A.shape[1])
+        self.lora_A.data = (2 * torch.rand_like(self.lora_A) - 1) * bound
+
+
+class AsLinear(Right):
+    def change(self) -> None:
+        rank, inputs = self.lora_A.shape
+        self.lora_A.data.copy_(nn.Linear(inputs, rank, bias=False).weight)
+
+
+class FunctionalForward(Right):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = F.linear(F.dropout(x, self.dropout.p, self.training), self.lora_A)
+        return torch.add(self.base(x), F.linear(h, self.lora_B), alpha=self.lora_alpha / self.r)
+
+
 class RandomB(Right):
     def change(self) -> None:
         nn.init.normal_(self.lora_B)
@@ -216,8 +275,14 @@ LAYER = {
     UpsideDown: ("scaled by lora_alpha / r", "upside down"),
     SquareRoot: ("scaled by lora_alpha / r", "rsLoRA"),
     AlphaOnly: ("scaled by lora_alpha / r", "r is not"),
-    Dead: ("can learn", "never learn"),
-    SameRows: ("can learn", "has rank 1"),
+    Dead: ("of the lesson's size", "both start at zero"),
+    SameRows: ("of the lesson's size", "has rank 1"),
+    OtherStart: ("of the lesson's size", "lora_A starts at zero and lora_B at random: the layer can learn"),
+    StandardNormal: ("of the lesson's size", "the standard deviation"),
+    WrongFan: ("of the lesson's size", "× that of the lesson's start"),
+    ForReLU: ("of the lesson's size", "× that of the lesson's start"),
+    Xavier: ("of the lesson's size", "× that of the lesson's start"),
+    NeverNegative: ("of the lesson's size", "the mean"),
     RandomB: ("starts at the base", "away from the base's"),
     BaseTrains: ("frozen", "base.bias, base.weight"),
     BiasTrains: ("frozen", "base.bias"),
@@ -248,8 +313,12 @@ def test_layer_names_the_mistake(wrong: type[nn.Module], seed: str, monkeypatch:
     assert_found(checks.lora_layer(wrong), *LAYER[wrong])
 
 
-def test_right_layer_passes() -> None:
-    assert checks.lora_layer(Right).status == "passed"
+@pytest.mark.parametrize("right", [Right, Gaussian, Uniform, AsLinear, FunctionalForward], ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("seed", range(5))
+def test_right_layers_pass(right: type[nn.Module], seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORA_EDU_CHECK_SEED", str(seed))
+    report = checks.lora_layer(right)
+    assert report.status == "passed", report.text
 
 
 def test_layer_without_peft_leaves_its_step_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -352,6 +421,17 @@ class TutorialDead(Tutorial):
         nn.init.zeros_(self.lora_a.weight)
 
 
+class TutorialOtherStart(Tutorial):
+    def change(self) -> None:
+        nn.init.zeros_(self.lora_a.weight)
+        self.lora_b.reset_parameters()
+
+
+class TutorialLargeStart(Tutorial):
+    def change(self) -> None:
+        nn.init.normal_(self.lora_a.weight)
+
+
 class TutorialTrainsAll(Tutorial):
     def change(self) -> None:
         self.requires_grad_(True)
@@ -372,7 +452,9 @@ TUTORIAL = {
     NoSuper: ("can be built", "cannot be built"),
     TutorialRenamed: ("can be built", "lora_a.weight is no parameter"),
     TutorialRandomB: ("starts at its linear layer", "away from its linear layer"),
-    TutorialDead: ("can learn", "never learn"),
+    TutorialDead: ("of the lesson's size", "lora_a and lora_b both start at zero"),
+    TutorialOtherStart: ("of the lesson's size", "lora_a starts at zero and lora_b at random"),
+    TutorialLargeStart: ("of the lesson's size", "× that of the lesson's start"),
     TutorialTrainsAll: ("only lora_a and lora_b", "linear.weight"),
     TutorialAlphaOnly: ("still scaled", "r is not"),
 }
@@ -380,17 +462,44 @@ test_mended_tutorial_names_the_mistake = each_is_found(checks.mended_tutorial, b
 
 
 class Branch(nn.Module):
+    """As in the exercise."""
+
     def __init__(self, in_features: int, out_features: int, rank: int):
         super().__init__()
         self.A, self.B = nn.Linear(in_features, rank, bias=False), nn.Linear(rank, out_features, bias=False)
+        nn.init.zeros_(self.B.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.B(self.A(x))
+
+
+class RandomBranch(Branch):
+    def __init__(self, *sizes: int):
+        super().__init__(*sizes)
+        self.B.reset_parameters()
+
+
+class DeadBranch(Branch):
+    def __init__(self, *sizes: int):
+        super().__init__(*sizes)
+        nn.init.zeros_(self.A.weight)
+
+
+class ScaledBranch(Branch):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
 
 
 def branches(
-    fits: Callable[[nn.Module], bool], sides: Callable[[Any], tuple[int, int]]
+    fits: Callable[[nn.Module], bool], sides: Callable[[Any], tuple[int, int]], kind: type[nn.Module] = Branch
 ) -> Callable[..., dict[str, Any]]:
     return lambda model, rank: {
-        name: Branch(*sides(module), rank) for name, module in model.named_modules() if fits(module)
+        name: kind(*sides(module), rank) for name, module in model.named_modules() if fits(module)
     }
+
+
+def features(module: Any) -> tuple[int, int]:
+    return module.in_features, module.out_features
 
 
 def is_linear(module: Any) -> bool:
@@ -412,6 +521,10 @@ SHAPES = {
         branches(lambda m: hasattr(m, "weight"), lambda m: (m.weight.shape[-1], m.weight.shape[0])),
         "square", "is no linear layer",
     ),
+    "a list": (lambda *given: [*branches(is_linear, features)(*given).values()], "square", "you return a list"),
+    "B random": (branches(is_linear, features, RandomBranch), "starts at zero", "A and B both start at random"),
+    "both zero": (branches(is_linear, features, DeadBranch), "can learn", "A and B both start at zero"),
+    "another forward": (branches(is_linear, features, ScaledBranch), "B(Ax)", "does not give B(Ax)"),
     "names of the parameters": (
         lambda model, rank: {name: None for name, _ in model.named_parameters()}, "square", "gets no branch",
     ),
@@ -455,6 +568,34 @@ class NoteDead(Note):
         nn.init.zeros_(self.lora_A)
 
 
+class NoteOtherStart(Note):
+    def change(self) -> None:
+        nn.init.zeros_(self.lora_A)
+        nn.init.normal_(self.lora_B)
+
+
+class NoteGaussian(Note):
+    def change(self) -> None:
+        nn.init.normal_(self.lora_A, std=1 / self.r)
+
+
+class NoteOfItsOwn(nn.Module):
+    """Copies the layer's values, and forms the update as a matrix."""
+
+    def __init__(self, linear: nn.Linear, rank: int, alpha: float):
+        super().__init__()
+        self.register_buffer("weight", linear.weight.detach().clone())
+        self.register_buffer("bias", linear.bias.detach().clone())
+        bound = linear.in_features**-0.5
+        like = {"dtype": linear.weight.dtype}
+        self.lora_A = nn.Parameter(torch.empty(rank, linear.in_features, **like).uniform_(-bound, bound))
+        self.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank, **like))
+        self.scaling = alpha / rank
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight + self.scaling * self.lora_B @ self.lora_A, self.bias)
+
+
 class NoteNoScale(Note):
     def change(self) -> None:
         self.scaling = 1
@@ -466,10 +607,19 @@ NOTE = {
     NoteBiasTrains: ("weight and bias frozen", "base.bias"),
     NoteStandardNormal: ("lesson's size", "standard deviation"),
     NoteWrongFan: ("lesson's size", "standard deviation"),
-    NoteDead: ("lesson's size", "a dead layer"),
+    NoteDead: ("lesson's size", "lora_A and lora_B both start at zero"),
+    NoteOtherStart: ("lesson's size", "lora_A starts at zero and lora_B at random"),
     NoteNoScale: ("still scaled", "not scaled at all"),
 }
 test_mended_note_names_the_mistake = each_is_found(checks.mended_note, by_class(NOTE))
+
+
+@pytest.mark.parametrize("right", [Note, NoteGaussian, NoteOfItsOwn], ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("seed", range(20))
+def test_right_notes_pass_on_every_draw(right: type[nn.Module], seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORA_EDU_CHECK_SEED", str(seed))
+    report = checks.mended_note(right)
+    assert report.status == "passed", report.text
 
 
 def walk(results: Any, passes: Callable[[Any], bool]) -> float | None:

@@ -80,8 +80,9 @@ def truncated_updates(candidate: Callable[[nn.Module, nn.Module, int], nn.Module
     """Exercise B1 of lesson 02: ``candidate(before, after, r)`` is ``before`` plus its updates cut to rank r."""
 
     def pair() -> tuple[nn.Module, nn.Module]:
-        width = between(10, 13)
-        before = nn.Sequential(nn.Linear(6, width), nn.LayerNorm(width), nn.Linear(width, 8, bias=False)).double()
+        width, rows = between(10, 13), between(14, 17)
+        layers = nn.Embedding(rows, 6), nn.Linear(6, width), nn.LayerNorm(width), nn.Linear(width, 8, bias=False)
+        before = nn.Sequential(*layers).double()
         after = copy.deepcopy(before)
         with torch.no_grad():
             for parameter in after.parameters():
@@ -117,7 +118,7 @@ def truncated_updates(candidate: Callable[[nn.Module, nn.Module, int], nn.Module
 
     def vectors() -> None:
         before, after = pair()
-        model = cut(before, after, between(1, 3))
+        model = cut(before, after, between(2, 4))
         for name, old in before.named_parameters():
             if old.ndim != 2 and not torch.equal(model.get_parameter(name), old):
                 raise Wrong(
@@ -225,9 +226,9 @@ def top_against_random(candidate: Callable[[Tensor, int], tuple[float, float]], 
             )
 
     def chance() -> None:
-        d, k, r = 6, 30, between(4, 6)
+        d, k, r = 8, 30, between(4, 6)
         delta = normal(d, k)
-        draws = [call(delta, r)[1] for _ in range(300)]
+        draws = [call(delta, r)[1] for _ in range(400)]
         mean = sum(draws) / len(draws)
         if max(draws) - min(draws) < 1e-9:
             raise Wrong(
@@ -235,7 +236,7 @@ def top_against_random(candidate: Callable[[Tensor, int], tuple[float, float]], 
                 "Do you measure the share, or compute what it should be?",
                 "Draw Q inside the function, without setting a seed, and measure ‖ΔW Q‖².",
             )
-        if abs(mean - r / k) > 0.02:
+        if abs(mean - r / k) > 0.03:
             note = "these are output directions" if abs(mean - r / d) < 0.05 else f"expected about {r / k:.2f}"
             raise Wrong(
                 f"r={r} random directions of {k} inputs hold {mean:.2f} of the energy on average: {note}",
@@ -243,10 +244,24 @@ def top_against_random(candidate: Callable[[Tensor, int], tuple[float, float]], 
                 "Inputs have k entries: Q is (k, r), and the energy is that of delta @ Q.",
             )
 
+    def every_side() -> None:
+        k, r = 30, between(4, 6)
+        one_input = torch.eye(k, dtype=torch.float64)[between(0, k - 1)]
+        for direction, words in ((one_input, "one input"), (normal(k), "one direction of the inputs")):
+            delta = normal(8, 1) * direction
+            shares = [call(delta, r)[1] for _ in range(20)]
+            if any(share < 1e-9 or share > 1 - 1e-9 for share in shares):
+                raise Wrong(
+                    f"where all of the energy lies in {words}, your random directions hold everything or nothing",
+                    "Is a random choice among fixed directions, such as the axes, a random direction?",
+                    "Q, _ = torch.linalg.qr(torch.randn(k, r)): directions from every side.",
+                )
+
     steps = [
         ("the top directions' share of the energy is right", top),
         ("random directions are orthonormal: all of them hold everything", everything),
         ("random input directions hold r/k on average", chance),
+        ("they come from every side, not from a few fixed ones", every_side),
     ]
     return run_steps("Top directions against random ones", steps, hint)
 

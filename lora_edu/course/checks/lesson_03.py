@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lora_edu.core.layer import LoRALinear
 from lora_edu.course.checks.candidates import without
 from lora_edu.course.checks.report import Report, Step, Wrong, run_steps
+from lora_edu.course.checks.starts import need_one_zero, need_start
 from lora_edu.course.checks.tools import (
     close,
     dtype_name,
@@ -108,21 +109,20 @@ def mended_tutorial(candidate: Callable[..., Any], hint: int = 1) -> Report:
     def starts() -> None:
         layer, _, _ = build()
         x = normal(4, layer.linear.weight.shape[1])
-        if not close(layer(x), layer.linear(x)):
+        frozen_out = x @ layer.linear.weight.T
+        if not close(layer(x), frozen_out):
             raise Wrong(
-                f"the fresh layer is {off_by(layer(x), layer.linear(x)):.0%} away from its linear layer",
+                f"the fresh layer is {off_by(layer(x), frozen_out):.0%} away from its linear layer",
                 "Which values does nn.Linear give lora_b?",
                 "nn.init.zeros_(self.lora_b.weight)",
             )
 
-    def alive() -> None:
-        layer, _, _ = build()
-        if not layer.lora_a.weight.any():
-            raise Wrong(
-                "lora_a and lora_b are both zero: this layer can never learn",
-                "Which of the two must be zero for the product to be zero?",
-                "Leave lora_a as nn.Linear starts it.",
-            )
+    def size() -> None:
+        def fresh(linear: nn.Linear, r: int) -> tuple[Tensor, Tensor]:
+            layer = candidate(linear.in_features, linear.out_features, r, 8, 0.0)
+            return layer.lora_a.weight, layer.lora_b.weight
+
+        need_start(fresh, "lora_a", "lora_b")
 
     def frozen() -> None:
         layer, _, _ = build()
@@ -134,12 +134,13 @@ def mended_tutorial(candidate: Callable[..., Any], hint: int = 1) -> Report:
         layer, r, alpha = build()
         nn.init.normal_(layer.lora_b.weight)
         x = normal(4, layer.linear.weight.shape[1])
-        need_scale(layer(x) - layer.linear(x), x @ layer.lora_a.weight.T @ layer.lora_b.weight.T, alpha, r)
+        update = layer(x) - x @ layer.linear.weight.T
+        need_scale(update, x @ layer.lora_a.weight.T @ layer.lora_b.weight.T, alpha, r)
 
     steps: list[Step] = [
         ("can be built", constructed),
         ("starts at its linear layer", starts),
-        ("can learn", alive),
+        ("lora_a starts random, of the lesson's size, and lora_b at zero", size),
         ("only lora_a and lora_b train", frozen),
         ("the update is still scaled by alpha / rank", scale),
     ]
@@ -156,6 +157,8 @@ def mended_shapes(candidate: Callable[[nn.Module, int], dict[str, Any]], hint: i
     def compare(*shapes: tuple[int, int]) -> None:
         adapted, rank = model(*shapes), random.randint(2, 4)
         branches = candidate(adapted, rank)
+        if not isinstance(branches, dict):
+            raise Wrong(f"you return a {type(branches).__name__}", "What comes back?", "Return {name: branch}.")
         linear = {name: module for name, module in adapted.named_modules() if isinstance(module, nn.Linear)}
         if left_out := [name for name in linear if name not in branches]:
             layer = linear[left_out[0]]
@@ -176,10 +179,24 @@ def mended_shapes(candidate: Callable[[nn.Module, int], dict[str, Any]], hint: i
                     "Branch(module.in_features, module.out_features, rank); weight.shape is (out, in).",
                 )
 
+    def untrained() -> None:
+        branch = candidate(model((12, 9)), 3)["0.layer_0"]
+        a, b = branch.A.weight, branch.B.weight
+        need_one_zero(a, b, "A", "B")
+        nn.init.normal_(b)
+        x = torch.randn(5, 12)
+        if not close(branch(x), x @ a.T @ b.T, rtol=1e-4, atol=1e-4):
+            raise Wrong("a branch does not give B(Ax)", "Which class has the exercise for a branch?", "Use its Branch.")
+        if frozen := sorted({"A.weight", "B.weight"} - {*trainable(branch)}):
+            raise Wrong(
+                f"{frozen[0]} of a branch does not train", "Who froze it?", "Leave a branch as Branch makes it."
+            )
+
     steps: list[Step] = [
         ("square layers", lambda: compare((8, 8), (6, 6))),
         ("layers that widen", lambda: compare((6, 11), (8, 8))),
         ("layers that narrow", lambda: compare((13, 5), (7, 12))),
+        ("each branch gives B(Ax), starts at zero and can learn", untrained),
     ]
     return run_steps("mended shapes", steps, hint)
 
@@ -221,20 +238,11 @@ def mended_note(candidate: Callable[[nn.Linear, int, float], Any], hint: int = 1
             )
 
     def size() -> None:
-        inputs = random.choice([600, 900])
-        a: Tensor = candidate(nn.Linear(inputs, 5), 64, 8).lora_A.detach()
-        if not a.any():
-            raise Wrong(
-                "lora_A is zero, and so is lora_B: a dead layer", "Which start did the lesson keep?", "A random."
-            )
-        right, got = 1 / math.sqrt(3 * inputs), a.std().item()
-        if not 0.8 < got / right < 1.25:
-            raise Wrong(
-                f"for {inputs} inputs the entries of your lora_A have the standard deviation {got:.3g}: "
-                f"{got / right:.2g} × that of the lesson's start",
-                "How large is A x if each entry of A has the standard deviation 1 and x has many entries?",
-                "nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5)) on a tensor of shape (rank, in).",
-            )
+        def fresh(linear: nn.Linear, r: int) -> tuple[Tensor, Tensor]:
+            layer = candidate(linear, r, 8)
+            return layer.lora_A, layer.lora_B
+
+        need_start(fresh)
 
     def scale() -> None:
         layer, linear, r, alpha = build()
@@ -245,7 +253,7 @@ def mended_note(candidate: Callable[[nn.Linear, int, float], Any], hint: int = 1
     steps: list[Step] = [
         ("starts at the layer it was given", pretrained),
         ("weight and bias frozen", frozen),
-        ("lora_A starts at the lesson's size", size),
+        ("lora_A starts random, of the lesson's size, and lora_B at zero", size),
         ("the update is still scaled by alpha / rank", scale),
     ]
     return run_steps("mended note", steps, hint)
@@ -307,20 +315,12 @@ def lora_layer(candidate: Callable[..., Any], hint: int = 1) -> Report:
             "Return self.base(x) plus the update, and leave the base's weight as it is.",
         )
 
-    def alive() -> None:
-        layer, _, r, _ = build()
-        if not layer.lora_A.any():
-            raise Wrong(
-                "lora_A starts at zero as well: this layer can never learn",
-                "∂L/∂A contains B, ∂L/∂B contains A. What are they when both are zero?",
-                "nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))",
-            )
-        if (rank := int(torch.linalg.matrix_rank(layer.lora_A.detach()))) < r:
-            raise Wrong(
-                f"with r={r} your lora_A has rank {rank}: its rows are not independent",
-                "What do rows that start alike get as their gradients?",
-                "nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))",
-            )
+    def size() -> None:
+        def fresh(linear: nn.Linear, r: int) -> tuple[Tensor, Tensor]:
+            layer = candidate(linear, r=r, lora_alpha=8, lora_dropout=0.0)
+            return layer.lora_A, layer.lora_B
+
+        need_start(fresh)
 
     def frozen() -> None:
         layer, _, _, _ = build()
@@ -436,7 +436,7 @@ def lora_layer(candidate: Callable[..., Any], hint: int = 1) -> Report:
     steps: list[Step] = [
         ("lora_A is (r, in), lora_B is (out, r), in the base's precision", shapes),
         ("starts at the base model", starts),
-        ("can learn: lora_A does not start at zero", alive),
+        ("lora_A starts random, of the lesson's size, and lora_B at zero", size),
         ("base weight and bias frozen, A and B trainable", frozen),
         ("the update is scaled by lora_alpha / r", scale),
         ("keeps the precision of the base", precision),
