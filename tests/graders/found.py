@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
 from collections.abc import Callable, Mapping
@@ -25,6 +26,12 @@ def calls() -> list:
     return found
 
 
+def drawn_seeds() -> list[str]:
+    """Three seeds, of which the one that ``conftest.py`` sets is the first."""
+    first = int(os.environ["LORA_EDU_CHECK_SEED"])
+    return [str(first + more) for more in range(3)]
+
+
 def assert_found(report: checks.Report, step: str, words: str) -> None:
     """The check failed at ``step``, and symptom, question or fix has the words; a bar stands for "or" in both."""
     assert report.status == "failed", report.text
@@ -42,7 +49,7 @@ def each_is_found(
     step: str | None = None,
     words: str | None = None,
 ) -> Callable[[str], None]:
-    """A test, with one case a mistake: the check stops at the wrong answer and names it.
+    """A test, with one case a mistake: with three draws, the check stops at the wrong answer each time and names it.
 
     Args:
         check: from ``lora_edu.course.checks``.
@@ -52,11 +59,13 @@ def each_is_found(
     """
 
     @pytest.mark.parametrize("mistake", mistakes)
-    def test(mistake: str) -> None:
+    def test(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
         answers = list(mistakes[mistake])
         said = answers.pop() if words is None else words
         where = answers.pop() if step is None else step
-        assert_found(check(*answers), where, said)
+        for seed in drawn_seeds():
+            monkeypatch.setenv("LORA_EDU_CHECK_SEED", seed)
+            assert_found(check(*answers), where, said)
 
     return test
 

@@ -636,7 +636,7 @@ RATE = {
     "the median decides": (lambda res, limit: walk(res, lambda v: sorted(v)[len(v) // 2] <= limit), "every draw"),
     "the best draw decides": (lambda res, limit: walk(res, lambda v: min(v) <= limit), "every draw"),
     "below the limit only": (lambda res, limit: walk(res, lambda v: all(x < limit for x in v)), "at the limit"),
-    "a limit of its own": (lambda res, limit: walk(res, lambda v: all(x <= 1.0 for x in v)), "the largest rate|at the"),
+    "a limit of its own": (lambda res, limit: walk(res, lambda v: all(x <= 1.0 for x in v)), "largest|every|at the"),
     "NaN slips through": (lambda res, limit: walk(res, lambda v: not any(x > limit for x in v)), "NaN"),
     "any rate that passes": (
         lambda res, limit: max((r for r in res if all(v <= limit for v in res[r])), default=None), "first failure",

@@ -1,5 +1,6 @@
 """The checks of lesson 06: bytes of a recipe (A1), operations (A2), what is kept (B1), a batch (B2), ratios (C1)."""
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from statistics import mean, median, quantiles
@@ -328,21 +329,29 @@ def paired_ratio(
 ) -> Report:
     """Exercise C1: ``candidate(a, b)`` is the median and the quartiles of the ratios a[i] / b[i]."""
 
+    def wrong_middles(a: list[float], b: list[float]) -> dict[float, str]:
+        """What usual mistakes would give in place of the median."""
+        ratios = [x / y for x, y in zip(a, b, strict=True)]
+        return {
+            median(a) / median(b): "this is the ratio of the two medians: the rounds are no longer paired",
+            mean(a) / mean(b): "this is the ratio of the two means: one disturbed round moves it",
+            mean(ratios): "this is the mean of the ratios: one disturbed round moves it",
+            1 / median(ratios): "this is b over a",
+            min(a) / min(b): "this is the ratio of the two fastest times: they come from different rounds",
+        }
+
     def compare(a: list[float], b: list[float]) -> None:
-        got = candidate(a, b)
-        need_several(
-            got, 3, "three numbers", "What are the median and the two quartiles?", "Return (median, low, high)."
+        got = need_several(
+            candidate(list(a), list(b)),
+            3,
+            "three numbers",
+            "What are the median and the two quartiles?",
+            "Return (median, low, high).",
         )
         ratios = [x / y for x, y in zip(a, b, strict=True)]
         low, middle, high = quantiles(ratios, n=4, method="inclusive")
         if not close_number(got[0], middle):
-            slips = {
-                median(a) / median(b): "this is the ratio of the two medians: the rounds are no longer paired",
-                mean(a) / mean(b): "this is the ratio of the two means: one disturbed round moves it",
-                mean(ratios): "this is the mean of the ratios: one disturbed round moves it",
-                1 / middle: "this is b over a",
-                min(a) / min(b): "this is the ratio of the two fastest times: they come from different rounds",
-            }
+            slips = wrong_middles(a, b)
             note = known_slip(got[0], slips.items(), otherwise="not the median of a[i]/b[i]")
             raise Wrong(
                 f"your first number is {got[0]:.4f} instead of {middle:.4f}: {note}",
@@ -365,8 +374,11 @@ def paired_ratio(
         return [random.uniform(1.0, 3.0) for _ in range(rounds)]
 
     def slow_rounds() -> None:
-        disturbed, ratios = noise(9), [random.uniform(0.6, 0.9) for _ in range(9)]
-        compare([d * x for d, x in zip(disturbed, ratios, strict=True)], disturbed)
+        a, b, middle = [1.0], [1.0], 1.0
+        while any(math.isclose(wrong, middle, rel_tol=1e-3) for wrong in wrong_middles(a, b)):  # no mistake is right
+            b, ratios = noise(9), [random.uniform(0.6, 0.9) for _ in range(9)]
+            a, middle = [x * ratio for x, ratio in zip(b, ratios, strict=True)], median(ratios)
+        compare(a, b)
 
     def outlier() -> None:
         b = noise(7)

@@ -398,7 +398,8 @@ def pick_best(candidate: Callable[[list[Run]], Sequence[Any]], hint: int = 1) ->
                 beyond = 0 if best == 1 else 4
                 losses[rates[beyond]] = {seed: (math.nan, math.nan) for seed in seeds}
                 where += ", as the one beyond was tried and diverged"
-            rate, _, _, at_edge = asked(runs_of(losses))
+            in_front = rates[best] if best == 2 else None  # of the runs, whose order says nothing
+            rate, _, _, at_edge = asked(runs_of(losses, first=in_front))
             check_rate(rate, rates[best], losses)
             if bool(at_edge) != (best in (0, 4)):
                 raise Wrong(
