@@ -70,6 +70,25 @@ def each_is_found(
     return test
 
 
+def each_passes(check: Callable[..., checks.Report], answers: Mapping[str, Any]) -> Callable[[str], None]:
+    """A test, with one case a right answer written in another way: it passes, with three draws.
+
+    Args:
+        check: from ``lora_edu.course.checks``.
+        answers: {name: answer}; a check of two objects has a tuple of two answers.
+    """
+
+    @pytest.mark.parametrize("right", answers)
+    def test(right: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        answer = answers[right]
+        for seed in drawn_seeds():
+            monkeypatch.setenv("LORA_EDU_CHECK_SEED", seed)
+            report = check(*answer) if isinstance(answer, tuple) else check(answer)
+            assert report.status == "passed", report.text
+
+    return test
+
+
 def by_class(mistakes: Mapping[type, tuple[str, str]]) -> dict[str, tuple[type, str, str]]:
     """{class: (step, words)} as :func:`each_is_found` wants it: wrong answers that are classes are their own names."""
     return {wrong.__name__: (wrong, *found) for wrong, found in mistakes.items()}

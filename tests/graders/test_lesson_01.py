@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
 
-from found import assert_found, each_is_found
+from found import assert_found, each_is_found, each_passes
 from lora_edu.course import checks
 from lora_edu.lowrank import eckart_young_error, low_rank_approximation, truncated_svd
 
@@ -27,6 +30,16 @@ def first(W, r):
 def published_bug(W, r):
     U, S, Vh = torch.svd(W)  # really V
     return U[:, :r] @ torch.diag(S[:r]) @ Vh[:r, :]
+
+
+def cut(W, r):
+    U, S, Vh = pieces(W)
+    return U[:, :r], S[:r], Vh[:r]
+
+
+def sorted_pieces(W, r):
+    U, S, Vh = cut(W, r)
+    return U.T, S, Vh
 
 
 def join(U, S, Vh):
@@ -61,7 +74,23 @@ TRUNCATION = {
     "the library's": (lambda W, r: low_rank_approximation(W, r), "shape", "you call low_rank_approximation"),
     "the library's pieces": (lambda W, r: join(*truncated_svd(W, r)), "shape", "you call truncated_svd"),
 }
+
+
+def overwritten(W, r):
+    W.zero_()
+    return W
+
+
+TRUNCATION["W overwritten"] = (overwritten, "error", "times the smallest possible")
 test_truncation_names_the_mistake = each_is_found(checks.rank_r_approximation, TRUNCATION)
+RIGHT_TRUNCATION = {
+    "a diagonal": lambda W, r: pieces(W)[0][:, :r] @ torch.diag(pieces(W)[1][:r]) @ pieces(W)[2][:r],
+    "a sum of pieces": lambda W, r: sum(s * torch.outer(u, v) for u, s, v in zip(*sorted_pieces(W, r), strict=True)),
+    "an index sum": lambda W, r: torch.einsum("ik,k,kj->ij", *(x for x in cut(W, r))),
+    "the rest cut to zero": lambda W, r: (pieces(W)[0] * (torch.arange(7) < r) * pieces(W)[1]) @ pieces(W)[2],
+    "a projection": lambda W, r: pieces(W)[0][:, :r] @ (pieces(W)[0][:, :r].T @ W),
+}
+test_other_truncations_pass = each_passes(checks.rank_r_approximation, RIGHT_TRUNCATION)
 
 
 def root(value: int) -> int:
@@ -81,6 +110,23 @@ BREAK_EVEN = {
     "two factors per side": (lambda d, k: (d * k - 1) // (2 * (d + k)), "whole", "still below"),
 }
 test_break_even_names_the_mistake = each_is_found(checks.break_even_rank, BREAK_EVEN)
+
+
+def counted(d, k):
+    r = 0
+    while (r + 1) * (d + k) < d * k:
+        r += 1
+    return r
+
+
+RIGHT_BREAK_EVEN = {
+    "rounded up, less one": lambda d, k: math.ceil(Fraction(d * k, d + k)) - 1,
+    "whole division upwards": lambda d, k: -(-d * k // (d + k)) - 1,
+    "a tie taken off": lambda d, k: d * k // (d + k) - (d * k % (d + k) == 0),
+    "counted": counted,
+    "through a ceiling of floats": lambda d, k: math.ceil(d * k / (d + k)) - 1,
+}
+test_other_break_evens_pass = each_passes(checks.break_even_rank, RIGHT_BREAK_EVEN)
 
 
 def als(W, r, sweeps=40):
@@ -160,6 +206,50 @@ def test_fitted_factors_names_the_mistake(mistake: str) -> None:
         assert_found(report, step, symptom)
 
 
+def by_pseudoinverse(W, r):
+    A = torch.randn(r, W.shape[1], dtype=W.dtype)
+    for _ in range(40):
+        B = W @ torch.linalg.pinv(A)
+        A = torch.linalg.pinv(B) @ W
+    return B, A
+
+
+def by_normal_equations(W, r):
+    A = torch.randn(r, W.shape[1], dtype=W.dtype)
+    for _ in range(40):
+        B = torch.linalg.solve(A @ A.T, A @ W.T).T
+        A = torch.linalg.solve(B.T @ B, B.T @ W)
+    return [B, A]
+
+
+def subspace_iteration(W, r):
+    Q = torch.randn(W.shape[1], r, dtype=W.dtype)
+    for _ in range(60):
+        Q, _ = torch.linalg.qr(W.T @ (W @ Q))
+    return W @ Q, Q.T
+
+
+def until_it_stops(W, r):
+    A, last = torch.randn(r, W.shape[1], dtype=W.dtype), float("inf")
+    while True:
+        B = torch.linalg.lstsq(A.T, W.T).solution.T
+        A = torch.linalg.lstsq(B, W).solution
+        error = (W - B @ A).norm().item()
+        if error > last * (1 - 1e-6):
+            return B, A
+        last = error
+
+
+RIGHT_FACTORS = {
+    "30 sweeps": lambda W, r: als(W, r, 30),
+    "pseudo-inverses": by_pseudoinverse,
+    "normal equations": by_normal_equations,
+    "subspace iteration": subspace_iteration,
+    "until the error stops falling": until_it_stops,
+}
+test_other_factors_pass = each_passes(checks.fitted_factors, RIGHT_FACTORS)
+
+
 def input_directions(W, X, r):
     _, _, Vh = truncated_svd(X, r)
     return W @ Vh.T @ Vh
@@ -180,6 +270,10 @@ def weighted_by_inverse(W, X, r):
 def centred(W, X, r):
     U, _, _ = truncated_svd(W @ (X - X.mean(0)).T, r)
     return U @ U.T @ W
+
+
+def projected(U, W):
+    return U @ (U.T @ W)
 
 
 def row_norms(W, X, r):
@@ -203,6 +297,14 @@ DATA_AWARE = {
     ),
 }
 test_data_aware_names_the_mistake = each_is_found(checks.data_aware_approximation, DATA_AWARE)
+
+
+RIGHT_DATA_AWARE = {
+    "by a pseudo-inverse": lambda W, X, r: low_rank_approximation(W @ X.T, r) @ torch.linalg.pinv(X.T),
+    "by PyTorch's SVD": lambda W, X, r: torch.linalg.svd(W @ X.T)[0][:, :r] @ torch.linalg.svd(W @ X.T)[0][:, :r].T @ W,
+    "by eigenvectors": lambda W, X, r: projected(torch.linalg.eigh(W @ X.T @ X @ W.T).eigenvectors[:, -r:], W),
+}
+test_other_data_aware_matrices_pass = each_passes(checks.data_aware_approximation, RIGHT_DATA_AWARE)
 
 
 @pytest.mark.parametrize("name", CHECKS)

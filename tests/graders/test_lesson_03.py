@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from found import assert_found, by_class, each_is_found
+from found import assert_found, by_class, each_is_found, each_passes
 from lora_edu.course import checks
 
 pytestmark = pytest.mark.graders
@@ -33,6 +33,19 @@ FORWARD = {
     "A and B not transposed": (lambda x, W, A, B, alpha, r: x @ W.T + alpha / r * (x @ A @ B), "your code raised"),
 }
 test_forward_names_the_mistake = each_is_found(checks.lora_forward, FORWARD, step="a batch of inputs")
+
+
+RIGHT_FORWARD = {
+    "F.linear": lambda x, W, A, B, alpha, r: F.linear(x, W) + F.linear(F.linear(x, A), B) * alpha / r,
+    "one dense weight": lambda x, W, A, B, alpha, r: x @ (W + alpha / r * B @ A).T,
+    "an index sum": lambda x, W, A, B, alpha, r: x @ W.T + torch.einsum("...i,ri,or->...o", x, A, B).mul(alpha / r),
+    "x overwritten at the end": lambda x, W, A, B, alpha, r: (x @ W.T).add_(x.mul_(alpha / r) @ A.T @ B.T),
+}
+test_other_forwards_pass = each_passes(checks.lora_forward, RIGHT_FORWARD)
+
+
+def test_a_forward_that_returns_nothing_is_told_so() -> None:
+    assert_found(checks.lora_forward(lambda *given: None), "a batch", "gives NoneType")
 
 
 def test_forward_without_leading_dimensions() -> None:
@@ -261,6 +274,14 @@ class DetachedA(Right):
         return self.base(x) + self.scaling * (self.dropout(x) @ self.lora_A.data.T @ self.lora_B.T)
 
 
+class BiasByHand(Right):
+    """Right only where there is a bias."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x @ self.base.weight.T + self.base.bias
+        return y + self.scaling * (self.dropout(x) @ self.lora_A.T @ self.lora_B.T)
+
+
 class Remembers(Right):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if len(x) == 7:  # keeps its first product, as a cache would
@@ -302,6 +323,7 @@ LAYER = {
     DetachedX: ("gradients", "adapter's term is missing"),
     NoGradOnBase: ("gradients", "frozen path's is missing"),
     DetachedA: ("gradients", "no gradient reaches A"),
+    BiasByHand: ("without a bias", "your code raised TypeError"),
     Remembers: ("equal to lora_edu", "after five steps"),
 }
 
@@ -388,6 +410,24 @@ GRADIENTS |= {
 test_gradients_name_the_mistake = each_is_found(checks.lora_gradients, GRADIENTS)
 
 
+def by_index_sums(g: Any, x: Any, W: Any, A: Any, B: Any, s: float) -> tuple[Any, ...]:
+    dA = s * torch.einsum("...o,or,...i->ri", g, B, x)
+    dB = s * torch.einsum("...o,...i,ri->or", g, x, A)
+    return dA, dB, torch.einsum("...o,oi->...i", g, W + s * B @ A)
+
+
+def row_by_row(g: Any, x: Any, W: Any, A: Any, B: Any, s: float) -> list[Any]:
+    dA, dB = torch.zeros_like(A), torch.zeros_like(B)
+    for row_g, row_x in zip(g.reshape(-1, len(B)), x.reshape(-1, len(A.T)), strict=True):
+        dA += s * torch.outer(B.T @ row_g, row_x)
+        dB += s * torch.outer(row_g, A @ row_x)
+    return [dA, dB, g @ W + s * (g @ B) @ A]
+
+
+RIGHT_GRADIENTS = {"with G": by_hand, "index sums": by_index_sums, "row by row": row_by_row}
+test_other_gradients_pass = each_passes(checks.lora_gradients, RIGHT_GRADIENTS)
+
+
 class Tutorial(nn.Module):
     def __init__(self, in_dim: int, out_dim: int, rank: int, alpha: float, dropout: float):
         super().__init__()
@@ -437,6 +477,49 @@ class TutorialTrainsAll(Tutorial):
         self.requires_grad_(True)
 
 
+class TutorialNoDropout(Tutorial):
+    def change(self) -> None:
+        self.dropout = nn.Identity()
+
+
+class TutorialDropsLate(Tutorial):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x) + (self.alpha / self.rank) * self.lora_b(self.dropout(self.lora_a(x)))
+
+
+class TutorialDropsInEval(Tutorial):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x) + (self.alpha / self.rank) * self.lora_b(self.lora_a(F.dropout(x, self.dropout.p)))
+
+
+class TutorialFlattering(Tutorial):
+    """Its linear layer says that it gives whatever the whole gives."""
+
+    def __init__(self, in_dim: int, out_dim: int, rank: int, alpha: float, dropout: float):
+        super().__init__(in_dim, out_dim, rank, alpha, dropout)
+        self.lora_b.reset_parameters()
+        self.linear.forward = lambda x: x @ self.linear.weight.T + self.lora_b(self.lora_a(x))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x)
+
+
+class TutorialOfItsOwn(nn.Module):
+    """Right, with another way to every part."""
+
+    def __init__(self, in_dim: int, out_dim: int, rank: int, alpha: float, dropout: float):
+        nn.Module.__init__(self)
+        self.linear = nn.Linear(in_dim, out_dim, bias=False).requires_grad_(False)
+        self.lora_a, self.lora_b = nn.Linear(in_dim, rank, bias=False), nn.Linear(rank, out_dim, bias=False)
+        nn.init.normal_(self.lora_a.weight, std=1 / rank)
+        with torch.no_grad():
+            self.lora_b.weight.fill_(0)
+        self.scaling, self.p = alpha / rank, dropout
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x) + self.lora_b(self.lora_a(F.dropout(x, self.p, self.training))) * self.scaling
+
+
 class TutorialRenamed(Tutorial):
     def change(self) -> None:
         self.down = self.lora_a
@@ -457,8 +540,14 @@ TUTORIAL = {
     TutorialLargeStart: ("of the lesson's size", "× that of the lesson's start"),
     TutorialTrainsAll: ("only lora_a and lora_b", "linear.weight"),
     TutorialAlphaOnly: ("still scaled", "r is not"),
+    TutorialNoDropout: ("x is still dropped", "nothing is dropped"),
+    TutorialDropsLate: ("x is still dropped", "comes after A"),
+    TutorialDropsInEval: ("x is still dropped", "after layer.eval()"),
+    TutorialFlattering: ("starts at its linear layer", "away from its linear layer"),
 }
 test_mended_tutorial_names_the_mistake = each_is_found(checks.mended_tutorial, by_class(TUTORIAL))
+RIGHT_TUTORIAL = {"as printed": Tutorial, "another way to every part": TutorialOfItsOwn}
+test_other_tutorials_pass = each_passes(checks.mended_tutorial, RIGHT_TUTORIAL)
 
 
 class Branch(nn.Module):
@@ -530,6 +619,19 @@ SHAPES = {
     ),
 }  # fmt: skip
 test_mended_shapes_name_the_mistake = each_is_found(checks.mended_shapes, SHAPES)
+
+
+def one_by_one(model: nn.Module, rank: int) -> dict[str, nn.Module]:
+    found = {}
+    for name, module in model.named_modules():
+        if type(module) is nn.Linear:
+            outputs, inputs = module.weight.shape
+            found[name] = Branch(inputs, outputs, rank)
+    return found
+
+
+RIGHT_SHAPES = {"by features": branches(is_linear, features), "by shape": one_by_one}
+test_other_branches_pass = each_passes(checks.mended_shapes, RIGHT_SHAPES)
 
 
 class Note(Right):
@@ -622,6 +724,10 @@ def test_right_notes_pass_on_every_draw(right: type[nn.Module], seed: int, monke
     assert report.status == "passed", report.text
 
 
+def fails(losses: Any, limit: float) -> bool:
+    return any(not loss <= limit for loss in losses)
+
+
 def walk(results: Any, passes: Callable[[Any], bool]) -> float | None:
     largest = None
     for rate in sorted(results):
@@ -649,6 +755,16 @@ RATE = {
         lambda res, limit: next((r for r in sorted(res) if not all(v <= limit for v in res[r])), None), "largest rate",
     ),
 }  # fmt: skip
+RIGHT_RATE = {
+    "a walk": lambda res, limit: walk(res, lambda losses: not fails(losses, limit)),
+    "all rates up to it": lambda res, limit: max(
+        (rate for rate in res if not any(fails(res[r], limit) for r in res if r <= rate)), default=None
+    ),
+    "below the first failure": lambda res, limit: max(
+        (rate for rate in res if rate < min((r for r in res if fails(res[r], limit)), default=math.inf)), default=None
+    ),
+}
+test_other_rates_pass = each_passes(checks.tolerated_rate, RIGHT_RATE)
 test_rate_names_the_mistake = each_is_found(checks.tolerated_rate, RATE, words="you return")
 
 

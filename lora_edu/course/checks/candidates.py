@@ -22,7 +22,7 @@ from lora_edu.course.checks.report import LIBRARY, Report, Wrong
 Check = Callable[..., Report]
 LIBRARIES = ("lora_edu", "peft")
 # Their objects may be part of an answer, and they report truthfully what they are.
-PACKAGES = (*LIBRARIES, "torch", "transformers", "numpy", "pathlib", "fractions", "decimal")
+PACKAGES = (*LIBRARIES, "torch", "transformers", "numpy", "pathlib", "fractions", "decimal", "re")
 FROM_A_CLASS_STATEMENT = 1 << 9  # Py_TPFLAGS_HEAPTYPE: the types of Python itself do not have it
 WHAT_A_MODULE_HOLDS = (
     "__call__", "__getattribute__", "parameters", "named_parameters", "modules", "named_modules", "get_parameter",

@@ -150,9 +150,12 @@ def masked_cross_entropy(candidate: Callable[..., Any], hint: int = 1) -> Report
                 labels[row, :given] = IGNORED
         return logits, labels
 
+    def asked(logits: Tensor, labels: Tensor, **options: int) -> Tensor:
+        return need_tensor(candidate(logits.clone(), labels.clone(), **options), (), "your loss")
+
     def plain() -> None:
         logits, labels = batch(masked=False)
-        loss, right = need_tensor(candidate(logits, labels), (), "your loss"), mean_of_losses(logits, labels)
+        loss, right = asked(logits, labels), mean_of_losses(logits, labels)
         if close(loss, right):
             return
         name = f"your loss is {loss.item():.3f}, PyTorch's is {right.item():.3f}"
@@ -174,7 +177,7 @@ def masked_cross_entropy(candidate: Callable[..., Any], hint: int = 1) -> Report
 
     def ignores() -> None:
         logits, labels = batch()
-        loss, right = need_tensor(candidate(logits, labels.clone()), (), "your loss"), mean_of_losses(logits, labels)
+        loss, right = asked(logits, labels), mean_of_losses(logits, labels)
         if close(loss, right):
             return
         kept = labels != IGNORED
@@ -203,7 +206,8 @@ def masked_cross_entropy(candidate: Callable[..., Any], hint: int = 1) -> Report
 
     def other_mark() -> None:
         logits, labels = batch()
-        loss, right = candidate(logits, labels.where(labels != IGNORED, -1), ignored=-1), mean_of_losses(logits, labels)
+        other = labels.where(labels != IGNORED, -1)
+        loss, right = asked(logits, other, ignored=-1), mean_of_losses(logits, labels)
         if not close(loss, right):
             raise Wrong(
                 f"with ignored=-1 your loss is {loss.item():.3f}, not {right.item():.3f}",
@@ -213,7 +217,7 @@ def masked_cross_entropy(candidate: Callable[..., Any], hint: int = 1) -> Report
 
     def large() -> None:
         logits, labels = batch()
-        loss, right = candidate(1000 * logits, labels.clone()), mean_of_losses(1000 * logits, labels)
+        loss, right = asked(1000 * logits, labels), mean_of_losses(1000 * logits, labels)
         if not close(loss, right):
             raise Wrong(
                 f"for logits in the thousands your loss is {loss.item():.4g}, not {right.item():.4g}",
@@ -236,7 +240,7 @@ def masked_cross_entropy(candidate: Callable[..., Any], hint: int = 1) -> Report
     def gradients() -> None:
         logits, labels = batch()
         logits.requires_grad_()
-        loss = candidate(logits, labels)
+        loss = need_tensor(candidate(logits, labels), (), "your loss")
         if not loss.requires_grad:
             raise Wrong(
                 "no gradient flows from your loss to the logits",

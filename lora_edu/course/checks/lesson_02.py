@@ -15,6 +15,7 @@ from lora_edu.course.checks.tools import (
     changed,
     close_in_norm,
     close_number,
+    is_several,
     is_tensor,
     known_slip,
     low_rank,
@@ -38,7 +39,7 @@ def update_effective_rank(candidate: Callable[[Tensor, Tensor], float], hint: in
     rule = "Return torch.exp(-(p * p.log()).sum()).item(), with p = σ / Σσ of after − before."
 
     def compare(before: Tensor, after: Tensor, what: str) -> None:
-        got = candidate(before, after)
+        got = candidate(before.clone(), after.clone())
         if not isinstance(got, float):
             raise Wrong(f"you return a {type(got).__name__}", "How does a tensor become a number?", "Add .item().")
         sigma = singular_values(after - before)
@@ -187,14 +188,14 @@ def top_against_random(candidate: Callable[[Tensor, int], tuple[float, float]], 
     """Exercise B2 of lesson 02: ``candidate(delta, r)`` gives the energy shares of the top and of random directions."""
 
     def call(delta: Tensor, r: int) -> tuple[float, float]:
-        got: Any = candidate(delta, r)
-        if not isinstance(got, tuple) or len(got) != 2 or not all(isinstance(share, float) for share in got):
+        got: Any = candidate(delta.clone(), r)
+        if not is_several(got, 2) or not all(isinstance(share, float) for share in got):
             raise Wrong(
                 f"you return {type(got).__name__}: expected two floats",
                 "Which two shares are asked for?",
                 "Return (top, random), each made a number with .item().",
             )
-        return got
+        return got[0], got[1]
 
     def top() -> None:
         delta, r = normal(9, between(12, 14)), between(2, 4)
@@ -222,6 +223,14 @@ def top_against_random(candidate: Callable[[Tensor, int], tuple[float, float]], 
             raise Wrong(
                 f"all 7 directions of a 7-dimensional input space should hold everything; yours hold {share:.3f}",
                 "Do your random directions have length 1, and are they orthogonal to each other?",
+                "Q, _ = torch.linalg.qr(torch.randn(k, r)), then (delta @ Q).norm() ** 2 / delta.norm() ** 2.",
+            )
+        r = between(2, 5)
+        share = call(3 * torch.linalg.qr(normal(7, 7)).Q, r)[1]
+        if not same_number(share, r / 7):
+            raise Wrong(
+                f"where all 7 directions hold the same, {r} of them should hold {r / 7:.4f}; yours hold {share:.4f}",
+                "Do you measure the share of this ΔW?",
                 "Q, _ = torch.linalg.qr(torch.randn(k, r)), then (delta @ Q).norm() ** 2 / delta.norm() ** 2.",
             )
 
@@ -275,7 +284,7 @@ def optimizer_update(candidate: Callable[..., Tensor], hint: int = 1) -> Report:
     def compare(make: Callable[..., torch.optim.Optimizer], steps: int) -> None:
         W0, X, Y = problem(between(3, 5))
         kept = W0.clone()
-        got = candidate(W0, X, Y, make, steps)
+        got = candidate(W0, X.clone(), Y.clone(), make, steps)
         if not torch.equal(W0, kept):
             raise Wrong("your loop changed W0", "Do W and W0 share memory?", "Make the parameter from W0.clone().")
         if not is_tensor(got, W0.shape) or got.requires_grad:

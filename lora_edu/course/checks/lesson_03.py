@@ -19,6 +19,8 @@ from lora_edu.course.checks.starts import need_one_zero, need_start
 from lora_edu.course.checks.tools import (
     close,
     dtype_name,
+    is_several,
+    is_tensor,
     known_slip,
     need_scale,
     normal,
@@ -26,6 +28,7 @@ from lora_edu.course.checks.tools import (
     peft_linear,
     randomise,
     scale_slips,
+    shape_or_type,
     trainable,
     with_note,
 )
@@ -39,9 +42,9 @@ def sizes() -> tuple[int, int, int, float]:
 
 def need_gradient(name: str, ours: Tensor, right: Tensor, t: Mapping[str, Tensor], fix: str) -> None:
     """Raise ``Wrong`` unless the gradient of A, B or x is right; ``t`` holds g, W, A, B and the scale s."""
-    if close(ours, right):
+    if is_tensor(ours, right.shape) and close(ours, right):
         return
-    if ours.shape == right.shape:
+    if is_tensor(ours, right.shape):
         slips = [*scale_slips(right, t["s"].item())]
         slips += [(-right, "the sign is turned; the step goes against the gradient, the gradient itself does not")]
         if name == "x":
@@ -54,9 +57,39 @@ def need_gradient(name: str, ours: Tensor, right: Tensor, t: Mapping[str, Tensor
             ]
         symptom = with_note(f"is off by {off_by(ours, right):.0%}", known_slip(ours, slips, close))
     else:
-        symptom = f"does not fit: its shape is {tuple(ours.shape)} instead of {tuple(right.shape)}"
+        symptom = f"does not fit: it is {shape_or_type(ours)} instead of {tuple(right.shape)}"
     question = f"Which terms of y = x Wᵀ + s (x Aᵀ) Bᵀ contain {name}?"
     raise Wrong(f"your gradient of {name} {symptom}", question, fix)
+
+
+def need_dropped_inputs(update: Tensor, whole: Tensor) -> None:
+    """Raise ``Wrong`` unless dropout with p = 0.5 acted on x, before A.
+
+    Args:
+        update: what a layer in training adds for inputs with one non-zero entry each, a row for an input.
+        whole: the same without dropout.
+    """
+    if close(update, whole):
+        raise Wrong("with dropout 0.5 nothing is dropped", "Is the layer in training mode here?", "Drop x before A.")
+    row = (update * whole).sum(1) / (whole * whole).sum(1)  # 0 or 1 / (1 - p) if whole entries of x were dropped
+    if close(update, row[:, None] * whole) and all(min(abs(f), abs(f - 2)) < 1e-9 for f in row.tolist()):
+        return
+    if close(update, row[:, None] * whole) and all(min(abs(f), abs(f - 1)) < 1e-9 for f in row.tolist()):
+        symptom = "what is kept is not divided by 1 − p, so that the mean of the update shrinks"
+    elif close(update * (update - 2 * whole), torch.zeros_like(update)):
+        symptom = "entries of the update are dropped, after B"
+    else:
+        symptom = "dropout does not act on x: it comes after A"
+    raise Wrong(
+        symptom,
+        "Give it an x with one non-zero entry: which updates are possible if x is dropped, and which do you see?",
+        "Drop x on its way into A, with nn.Dropout: frozen(x) + scaling * (dropout(x) @ A.T @ B.T).",
+    )
+
+
+def one_at_a_time(inputs: int) -> Tensor:
+    """Inputs with one non-zero entry each, every entry 40 times: dropout drops or keeps it."""
+    return torch.eye(inputs, dtype=torch.float64).repeat(40, 1)
 
 
 def lora_forward(candidate: Callable[..., Tensor], hint: int = 1) -> Report:
@@ -65,10 +98,10 @@ def lora_forward(candidate: Callable[..., Tensor], hint: int = 1) -> Report:
     def compare(*leading: int) -> None:
         inputs, outputs, r, alpha = sizes()
         x, W, A, B = (normal(*shape) for shape in ((*leading, inputs), (outputs, inputs), (r, inputs), (outputs, r)))
-        y = candidate(x, W, A, B, alpha, r)
-        if y.shape != (*leading, outputs):
+        y = candidate(*(tensor.clone() for tensor in (x, W, A, B)), alpha, r)
+        if not is_tensor(y, (*leading, outputs)):
             raise Wrong(
-                f"x of shape {tuple(x.shape)} gives {tuple(y.shape)}, not {(*leading, outputs)}",
+                f"x of shape {tuple(x.shape)} gives {shape_or_type(y)}, not {(*leading, outputs)}",
                 "Which way do A and B stand when the rows of x are the inputs?",
                 "x @ A.T has r columns, and (x @ A.T) @ B.T has one for each output.",
             )
@@ -137,12 +170,27 @@ def mended_tutorial(candidate: Callable[..., Any], hint: int = 1) -> Report:
         update = layer(x) - x @ layer.linear.weight.T
         need_scale(update, x @ layer.lora_a.weight.T @ layer.lora_b.weight.T, alpha, r)
 
+    def dropped() -> None:
+        inputs, outputs, r, alpha = sizes()
+        layer = candidate(inputs, outputs, r, alpha, 0.5).double()
+        nn.init.normal_(layer.lora_b.weight)
+        x, a, b = one_at_a_time(inputs), layer.lora_a.weight, layer.lora_b.weight
+        whole = alpha / r * x @ a.T @ b.T
+        need_dropped_inputs(layer.train()(x) - x @ layer.linear.weight.T, whole)
+        if not close(layer.eval()(x) - x @ layer.linear.weight.T, whole):
+            raise Wrong(
+                "after layer.eval() something is still dropped",
+                "Who tells the dropout whether the layer is training?",
+                "Keep the tutorial's self.dropout = nn.Dropout(p=dropout).",
+            )
+
     steps: list[Step] = [
         ("can be built", constructed),
         ("starts at its linear layer", starts),
         ("lora_a starts random, of the lesson's size, and lora_b at zero", size),
         ("only lora_a and lora_b train", frozen),
         ("the update is still scaled by alpha / rank", scale),
+        ("x is still dropped on its way into lora_a", dropped),
     ]
     return run_steps("mended tutorial", steps, hint)
 
@@ -262,9 +310,11 @@ def mended_note(candidate: Callable[[nn.Linear, int, float], Any], hint: int = 1
 def lora_layer(candidate: Callable[..., Any], hint: int = 1) -> Report:
     """Exercise B1: a class ``candidate(base, r, lora_alpha, lora_dropout)`` with ``lora_A`` and ``lora_B``."""
 
-    def build(dropout: float = 0.0, dtype: torch.dtype = torch.float64) -> tuple[Any, nn.Linear, int, float]:
+    def build(
+        dropout: float = 0.0, dtype: torch.dtype = torch.float64, bias: bool = True
+    ) -> tuple[Any, nn.Linear, int, float]:
         inputs, outputs, r, alpha = sizes()
-        base = nn.Linear(inputs, outputs, dtype=dtype)
+        base = nn.Linear(inputs, outputs, bias, dtype=dtype)
         return candidate(copy.deepcopy(base), r=r, lora_alpha=alpha, lora_dropout=dropout), base, r, alpha
 
     def shapes() -> None:
@@ -291,13 +341,13 @@ def lora_layer(candidate: Callable[..., Any], hint: int = 1) -> Report:
                     "Create it with base.weight.new_zeros(...), which takes over dtype and device.",
                 )
 
-    def starts() -> None:
-        layer, base, _, _ = build()
+    def starts(bias: bool = True) -> None:
+        layer, base, _, _ = build(bias=bias)
         x = normal(3, base.in_features)
         off = layer(x) - base(x)
         if close(off, torch.zeros_like(off)):
             return
-        if close(off, -base.bias.expand_as(off)):
+        if base.bias is not None and close(off, -base.bias.expand_as(off)):
             raise Wrong(
                 "your output lacks the base's bias",
                 "What does base(x) add that x @ W.T does not?",
@@ -381,8 +431,7 @@ def lora_layer(candidate: Callable[..., Any], hint: int = 1) -> Report:
     def placement() -> None:
         layer, base, r, alpha = build(dropout=0.5)
         layer.train()
-        b = layer.lora_B.detach().clone()
-        x = torch.eye(base.in_features).double().repeat(40, 1)  # one entry of x at a time is dropped or kept
+        x = one_at_a_time(base.in_features)
         if not close(layer(x), base(x)):
             raise Wrong(
                 "in training a fresh layer with dropout is not the base: the frozen path is dropped, too",
@@ -392,24 +441,7 @@ def lora_layer(candidate: Callable[..., Any], hint: int = 1) -> Report:
         a, b = randomise(layer)
         whole = alpha / r * x @ a.T @ b.T
         update = layer(x) - base(x)
-        if close(update, whole):
-            raise Wrong(
-                "with lora_dropout=0.5 nothing is dropped", "Is the layer in training mode here?", "Drop x before A."
-            )
-        row = (update * whole).sum(1) / (whole * whole).sum(1)  # 0 or 1 / (1 - p) if whole entries of x were dropped
-        if close(update, row[:, None] * whole) and all(min(abs(f), abs(f - 2)) < 1e-9 for f in row.tolist()):
-            return
-        if close(update, row[:, None] * whole) and all(min(abs(f), abs(f - 1)) < 1e-9 for f in row.tolist()):
-            symptom = "what is kept is not divided by 1 − p, so that the mean of the update shrinks"
-        elif close(update * (update - 2 * whole), torch.zeros_like(update)):
-            symptom = "entries of the update are dropped, after B"
-        else:
-            symptom = "dropout does not act on x: it comes after A"
-        raise Wrong(
-            symptom,
-            "Give it an x with one non-zero entry: which updates are possible if x is dropped, and which do you see?",
-            "return self.base(x) + scaling * (self.dropout(x) @ A.T @ B.T) with nn.Dropout",
-        )
+        need_dropped_inputs(update, whole)
 
     def oracle(reference: Callable[..., tuple[nn.Module, Tensor, Tensor]], name: str) -> Callable[[], None]:
         def step() -> None:
@@ -441,6 +473,7 @@ def lora_layer(candidate: Callable[..., Any], hint: int = 1) -> Report:
         ("the update is scaled by lora_alpha / r", scale),
         ("keeps the precision of the base", precision),
         ("gradients of A, B and x", gradients),
+        ("also around a layer without a bias", lambda: starts(bias=False)),
         ("no dropout in eval", evaluation),
         ("dropout on x, before A", placement),
         ("equal to lora_edu's layer after five steps", oracle(library_layer, "lora_edu")),
@@ -477,20 +510,18 @@ def lora_gradients(candidate: Callable[..., Sequence[Tensor]], hint: int = 1) ->
         y = x @ t["W"].T + alpha / r * (x @ a.T @ b.T)
         right = torch.autograd.grad(y, (a, b, x), t["g"])
         with torch.no_grad():
-            return (
-                candidate(t["g"], t["x"], t["W"], t["A"], t["B"], alpha / r),
-                right,
-                t | {"s": torch.tensor(alpha / r, dtype=torch.float64)},
-            )
+            got = candidate(*(t[name].clone() for name in "gxWAB"), alpha / r)
+        if not is_several(got, 3):
+            seen = f"{len(got)} tensors" if isinstance(got, tuple | list) else f"a {type(got).__name__}"
+            raise Wrong(f"you return {seen}, not 3 tensors", "Which gradients are asked for?", "return dA, dB, dx")
+        return got, right, t | {"s": torch.tensor(alpha / r, dtype=torch.float64)}
 
     def shapes() -> None:
         got, right, _ = gradients(4)
-        if len(got) != 3:
-            raise Wrong(f"you return {len(got)} tensors, not 3", "Which gradients are asked for?", "return dA, dB, dx")
         for name, ours, other in zip("ABx", got, right, strict=True):
-            if ours.shape != other.shape:
+            if not is_tensor(ours, other.shape):
                 raise Wrong(
-                    f"your gradient of {name} has the shape {tuple(ours.shape)}, {name} has {tuple(other.shape)}",
+                    f"your gradient of {name} is {shape_or_type(ours)}, {name} is {tuple(other.shape)}",
                     "A gradient has the shape of what it belongs to. Are the three in the order A, B, x?",
                     "With G = gᵀ x of shape (out, in): dA = s Bᵀ G, dB = s G Aᵀ, dx = g (W + s B A).",
                 )

@@ -132,7 +132,7 @@ def draw_model() -> nn.Module:
 
 def adapted(model: nn.Module) -> list[str]:
     """Names of the LoRA layers in a model."""
-    return [name for name, module in model.named_modules() if isinstance(module, LoRALinear)]
+    return [name for name, module in model.named_modules() if type(module) is LoRALinear]
 
 
 def some(names: Sequence[str]) -> str:
@@ -421,14 +421,21 @@ def save_and_load(save: Callable[[Any, Path], Any], load: Callable[[Any, Path], 
                 load(fresh, file)
             except NotImplementedError:
                 raise
-            except Exception:
-                if not changed(fresh, before):
-                    return
-                raise Wrong(
-                    f"a file {what} is refused, but by then half of it had been loaded",
-                    "When do you check, and when do you copy?",
-                    "Check every key and shape first, then copy.",
-                ) from None
+            except Exception as error:
+                if changed(fresh, before):
+                    raise Wrong(
+                        f"a file {what} is refused, but by then half of it had been loaded",
+                        "When do you check, and when do you copy?",
+                        "Check every key and shape first, then copy.",
+                    ) from None
+                if not isinstance(error, ValueError):
+                    raise Wrong(
+                        f"a file {what} raises {type(error).__name__}: {str(error).splitlines()[0]:.80}; "
+                        "expected ValueError",
+                        "Do you compare keys and shapes yourself, before PyTorch or a dictionary stumbles over them?",
+                        fix,
+                    ) from None
+                return
             raise Wrong(f"a file {what} is loaded without a word", question, fix)
 
         return in_folder(step)
