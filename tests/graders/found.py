@@ -1,8 +1,10 @@
-"""What every test of a wrong answer asks: did the check stop where it should, and does its help name the mistake?"""
+"""What tests of the graders share: the solutions' own calls, and whether a check names the mistake where it should."""
 
 from __future__ import annotations
 
+import os
 import random
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,6 +12,24 @@ import pytest
 import torch
 
 from lora_edu.course import checks
+from lora_edu.course.notebooks.stored import SOLUTIONS, list_notebooks, read
+
+
+def calls() -> list:
+    """(notebook, check, names of the learner's objects) for each cell tagged "check"."""
+    found = []
+    for path in list_notebooks(SOLUTIONS):
+        for cell in read(path).cells:
+            if "check" in cell.metadata.get("tags", []):
+                check, objects = re.search(r"checks\.(\w+)\(([\w, ]+)\)", cell.source).groups()
+                found.append(pytest.param(path.stem, check, re.split(r",\s*", objects), id=f"{path.stem[:2]} {check}"))
+    return found
+
+
+def drawn_seeds() -> list[str]:
+    """Three seeds, of which the one that ``conftest.py`` sets is the first."""
+    first = int(os.environ["LORA_EDU_CHECK_SEED"])
+    return [str(first + more) for more in range(3)]
 
 
 def assert_found(report: checks.Report, step: str, words: str) -> None:
@@ -29,7 +49,7 @@ def each_is_found(
     step: str | None = None,
     words: str | None = None,
 ) -> Callable[[str], None]:
-    """A test, with one case a mistake: the check stops at the wrong answer and names it.
+    """A test, with one case a mistake: with three draws, the check stops at the wrong answer each time and names it.
 
     Args:
         check: from ``lora_edu.course.checks``.
@@ -39,11 +59,32 @@ def each_is_found(
     """
 
     @pytest.mark.parametrize("mistake", mistakes)
-    def test(mistake: str) -> None:
+    def test(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
         answers = list(mistakes[mistake])
         said = answers.pop() if words is None else words
         where = answers.pop() if step is None else step
-        assert_found(check(*answers), where, said)
+        for seed in drawn_seeds():
+            monkeypatch.setenv("LORA_EDU_CHECK_SEED", seed)
+            assert_found(check(*answers), where, said)
+
+    return test
+
+
+def each_passes(check: Callable[..., checks.Report], answers: Mapping[str, Any]) -> Callable[[str], None]:
+    """A test, with one case a right answer written in another way: it passes, with three draws.
+
+    Args:
+        check: from ``lora_edu.course.checks``.
+        answers: {name: answer}; a check of two objects has a tuple of two answers.
+    """
+
+    @pytest.mark.parametrize("right", answers)
+    def test(right: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        answer = answers[right]
+        for seed in drawn_seeds():
+            monkeypatch.setenv("LORA_EDU_CHECK_SEED", seed)
+            report = check(*answer) if isinstance(answer, tuple) else check(answer)
+            assert report.status == "passed", report.text
 
     return test
 

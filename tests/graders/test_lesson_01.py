@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
 
-from found import assert_found, each_is_found
+from found import assert_found, each_is_found, each_passes
 from lora_edu.course import checks
 from lora_edu.course.notebooks.stored import find_notebook, read
 from lora_edu.lowrank import eckart_young_error, low_rank_approximation, singular_values, truncated_svd
@@ -19,9 +22,29 @@ def pieces(W):
     return torch.linalg.svd(W, full_matrices=False)
 
 
+def first(W, r):
+    """The right answer with r pieces, none or all of them included."""
+    U, S, Vh = pieces(W)
+    return (U[:, :r] * S[:r]) @ Vh[:r]
+
+
 def published_bug(W, r):
     U, S, Vh = torch.svd(W)  # really V
     return U[:, :r] @ torch.diag(S[:r]) @ Vh[:r, :]
+
+
+def cut(W, r):
+    U, S, Vh = pieces(W)
+    return U[:, :r], S[:r], Vh[:r]
+
+
+def sorted_pieces(W, r):
+    U, S, Vh = cut(W, r)
+    return U.T, S, Vh
+
+
+def join(U, S, Vh):
+    return (U * S) @ Vh
 
 
 TRUNCATION = {
@@ -36,10 +59,10 @@ TRUNCATION = {
         "error",
         "smallest pieces",
     ),
-    "one piece too many": (lambda W, r: low_rank_approximation(W, r + 1), "rank r", "1 too many"),
-    "one piece too few": (lambda W, r: low_rank_approximation(W, r - 1), "error", "times the smallest possible"),
+    "one piece too many": (lambda W, r: first(W, r + 1), "rank r", "1 too many"),
+    "one piece too few": (lambda W, r: first(W, r - 1), "error", "times the smallest possible"),
     "nothing dropped": (lambda W, r: W, "rank r", "nothing was dropped"),
-    "transposed": (lambda W, r: low_rank_approximation(W, r).T, "shape", "transposed"),
+    "transposed": (lambda W, r: first(W, r).T, "shape", "transposed"),
     "V for Vᴴ, as published": (published_bug, "shape", "expected (7,"),
     "V for Vᴴ, columns": (
         lambda W, r: (torch.svd(W)[0][:, :r] * torch.svd(W)[1][:r]) @ torch.svd(W)[2][:, :r],
@@ -48,9 +71,26 @@ TRUNCATION = {
     ),
     "first r rows": (lambda W, r: torch.cat([W[:r], 0 * W[r:]]), "error", "times the smallest possible"),
     "first r columns of W": (lambda W, r: W[:, :r], "shape", "expected"),
-    "a tuple": (lambda W, r: truncated_svd(W, r), "shape", "is a tuple"),
+    "a tuple": (lambda W, r: (first(W, r), r), "shape", "is a tuple"),
+    "the library's": (lambda W, r: low_rank_approximation(W, r), "shape", "you call low_rank_approximation"),
 }
+
+
+def overwritten(W, r):
+    W.zero_()
+    return W
+
+
+TRUNCATION["W overwritten"] = (overwritten, "error", "times the smallest possible")
 test_truncation_names_the_mistake = each_is_found(checks.rank_r_approximation, TRUNCATION)
+RIGHT_TRUNCATION = {
+    "a diagonal": lambda W, r: pieces(W)[0][:, :r] @ torch.diag(pieces(W)[1][:r]) @ pieces(W)[2][:r],
+    "a sum of pieces": lambda W, r: sum(s * torch.outer(u, v) for u, s, v in zip(*sorted_pieces(W, r), strict=True)),
+    "an index sum": lambda W, r: torch.einsum("ik,k,kj->ij", *(x for x in cut(W, r))),
+    "the rest cut to zero": lambda W, r: (pieces(W)[0] * (torch.arange(7) < r) * pieces(W)[1]) @ pieces(W)[2],
+    "a projection": lambda W, r: pieces(W)[0][:, :r] @ (pieces(W)[0][:, :r].T @ W),
+}
+test_other_truncations_pass = each_passes(checks.rank_r_approximation, RIGHT_TRUNCATION)
 
 
 def root(value: int) -> int:
@@ -70,6 +110,23 @@ BREAK_EVEN = {
     "two factors per side": (lambda d, k: (d * k - 1) // (2 * (d + k)), "whole", "still below"),
 }
 test_break_even_names_the_mistake = each_is_found(checks.break_even_rank, BREAK_EVEN)
+
+
+def counted(d, k):
+    r = 0
+    while (r + 1) * (d + k) < d * k:
+        r += 1
+    return r
+
+
+RIGHT_BREAK_EVEN = {
+    "rounded up, less one": lambda d, k: math.ceil(Fraction(d * k, d + k)) - 1,
+    "whole division upwards": lambda d, k: -(-d * k // (d + k)) - 1,
+    "a tie taken off": lambda d, k: d * k // (d + k) - (d * k % (d + k) == 0),
+    "counted": counted,
+    "through a ceiling of floats": lambda d, k: math.ceil(d * k / (d + k)) - 1,
+}
+test_other_break_evens_pass = each_passes(checks.break_even_rank, RIGHT_BREAK_EVEN)
 
 
 def als(W, r, sweeps=40):
@@ -106,9 +163,27 @@ def by_svd(W, r):
     return U[:, :r] * S[:r], Vh[:r]
 
 
+def by_eigenvectors(W, r):
+    A = torch.linalg.eigh(W.T @ W).eigenvectors[:, -r:].T
+    return W @ A.T, A
+
+
+def by_numpys_svd(W, r):
+    U, S, Vh = np.linalg.svd(W.numpy(), full_matrices=False)
+    return torch.from_numpy(U[:, :r] * S[:r]), torch.from_numpy(Vh[:r])
+
+
+def from_a_name_of_its_own(W, r, decompose=torch.linalg.svd):
+    U, S, Vh = decompose(W, full_matrices=False)
+    return U[:, :r] * S[:r], Vh[:r]
+
+
 FACTORS = {
-    "an SVD after all": (by_svd, "without an SVD", "you call the SVD"),
-    "the library's SVD": (lambda W, r: truncated_svd(W, r)[::2], "without an SVD", "you call the SVD"),
+    "an SVD after all": (by_svd, "without an SVD", "you call svd"),
+    "the library's SVD": (lambda W, r: truncated_svd(W, r)[::2], "without an SVD", "you call svd"),
+    "NumPy's SVD": (by_numpys_svd, "without an SVD", "you call svd"),
+    "an SVD imported before": (from_a_name_of_its_own, "without an SVD", "you call svd"),
+    "eigenvectors of WᵀW": (by_eigenvectors, "without an SVD", "you call eigh"),
     "factors swapped": (lambda W, r: als(W, r)[::-1], "(m, r)", "you return (A, B)"),
     "the transpose fitted": (lambda W, r: als(W.T, r), "(m, r)", "you fitted Wᵀ"),
     "the product": (lambda W, r: torch.matmul(*als(W, r)), "(m, r)", "return a Tensor"),
@@ -123,14 +198,56 @@ FACTORS = {
 @pytest.mark.parametrize("mistake", FACTORS)
 def test_fitted_factors_names_the_mistake(mistake: str) -> None:
     answer, step, symptom = FACTORS[mistake]
-    before = torch.linalg.svd
     report = checks.fitted_factors(answer)
-    assert torch.linalg.svd is before
     if mistake == "descent with one fixed rate":  # too slow or divergent: which of them comes first is a matter of luck
         assert report.status == "failed", report.text
         assert "NaN" in report.symptom or "times the smallest" in report.symptom
     else:
         assert_found(report, step, symptom)
+
+
+def by_pseudoinverse(W, r):
+    A = torch.randn(r, W.shape[1], dtype=W.dtype)
+    for _ in range(40):
+        B = W @ torch.linalg.pinv(A)
+        A = torch.linalg.pinv(B) @ W
+    return B, A
+
+
+def by_normal_equations(W, r):
+    A = torch.randn(r, W.shape[1], dtype=W.dtype)
+    for _ in range(40):
+        B = torch.linalg.solve(A @ A.T, A @ W.T).T
+        A = torch.linalg.solve(B.T @ B, B.T @ W)
+    return [B, A]
+
+
+def subspace_iteration(W, r):
+    Q = torch.randn(W.shape[1], r, dtype=W.dtype)
+    for _ in range(60):
+        Q, _ = torch.linalg.qr(W.T @ (W @ Q))
+    return W @ Q, Q.T
+
+
+def until_it_stops(W, r):
+    A, last = torch.randn(r, W.shape[1], dtype=W.dtype), float("inf")
+    while True:
+        B = torch.linalg.lstsq(A.T, W.T).solution.T
+        A = torch.linalg.lstsq(B, W).solution
+        error = (W - B @ A).norm().item()
+        if error > last * (1 - 1e-6):
+            return B, A
+        last = error
+
+
+RIGHT_FACTORS = {
+    "30 sweeps": lambda W, r: als(W, r, 30),
+    "pseudo-inverses": by_pseudoinverse,
+    "normal equations": by_normal_equations,
+    "subspace iteration": subspace_iteration,
+    "until the error stops falling": until_it_stops,
+}
+test_other_factors_pass = each_passes(checks.fitted_factors, RIGHT_FACTORS)
 
 
 def input_directions(W, X, r):
@@ -153,6 +270,10 @@ def weighted_by_inverse(W, X, r):
 def centred(W, X, r):
     U, _, _ = truncated_svd(W @ (X - X.mean(0)).T, r)
     return U @ U.T @ W
+
+
+def projected(U, W):
+    return U @ (U.T @ W)
 
 
 def row_norms(W, X, r):
@@ -185,7 +306,7 @@ def vectors_of_gram(W):
 
 
 def one_sign_flipped(W, r):
-    U, S, Vh = truncated_svd(W, r)
+    U, S, Vh = by_slices(W, r)
     return U * torch.tensor([-1.0] + [1.0] * (r - 1)), S, Vh
 
 
@@ -194,35 +315,46 @@ def v_for_vh(W, r):
     return U[:, :r], S[:r], V[:r]
 
 
+def by_slices(W, r):
+    U, S, Vh = pieces(W)
+    return U[:, :r], S[:r], Vh[:r]
+
+
+def put_together(W, r):
+    U, S, Vh = by_slices(W, r)
+    return (U * S) @ Vh
+
+
 PIECES = {
     "nothing cut": (lambda W, r: pieces(W), "U is (m, r)", "all its columns are still there"),
     "S not cut": (lambda W, r: (pieces(W)[0][:, :r], pieces(W)[1], pieces(W)[2][:r]), "U is", "values are still there"),
     "Vh cut by columns": (lambda W, r: (pieces(W)[0][:, :r], pieces(W)[1][:r], pieces(W)[2][:, :r]), "U is", "columns"),
     "U cut by rows": (lambda W, r: (pieces(W)[0][:r], pieces(W)[1][:r], pieces(W)[2][:r]), "U is", "your U is"),
-    "V for Vh": (lambda W, r: (*truncated_svd(W, r)[:2], truncated_svd(W, r)[2].T), "U is", "that is V"),
+    "V for Vh": (lambda W, r: (*by_slices(W, r)[:2], by_slices(W, r)[2].T), "U is", "that is V"),
     "rows of V, as published": (v_for_vh, "as close to W", "torch.svd returns V"),
     "S as a matrix": (
-        lambda W, r: (truncated_svd(W, r)[0], truncated_svd(W, r)[1].diag(), truncated_svd(W, r)[2]),
+        lambda W, r: (by_slices(W, r)[0], by_slices(W, r)[1].diag(), by_slices(W, r)[2]),
         "U is",
         "diagonal",
     ),
-    "put together already": (low_rank_approximation, "U is", "expected U, S and Vh"),
-    "two factors": (lambda W, r: truncated_svd(W, r)[::2], "U is", "2 objects"),
+    "put together already": (put_together, "U is", "expected U, S and Vh"),
+    "two factors": (lambda W, r: by_slices(W, r)[::2], "U is", "2 objects"),
     "the smallest pieces": (
         lambda W, r: (pieces(W)[0][:, -r:], pieces(W)[1][-r:], pieces(W)[2][-r:]),
         "largest",
         "the smallest ones",
     ),
     "eigenvalues": (
-        lambda W, r: (truncated_svd(W, r)[0], truncated_svd(W, r)[1] ** 2, truncated_svd(W, r)[2]),
+        lambda W, r: (by_slices(W, r)[0], by_slices(W, r)[1] ** 2, by_slices(W, r)[2]),
         "largest",
         "squares",
     ),
     "S in U as well": (
-        lambda W, r: (truncated_svd(W, r)[0] * truncated_svd(W, r)[1], *truncated_svd(W, r)[1:]),
+        lambda W, r: (by_slices(W, r)[0] * by_slices(W, r)[1], *by_slices(W, r)[1:]),
         "orthogonal unit vectors",
         "which S holds already",
     ),
+    "the library's": (lambda W, r: truncated_svd(W, r), "U is", "which truncates for you"),
     "one sign flipped": (one_sign_flipped, "as close to W", "signs"),
 }
 test_pieces_name_the_mistake = each_is_found(checks.truncated_svd, PIECES)
@@ -244,7 +376,7 @@ def by_torch_svd(W, r):
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("answer", [truncated_svd, by_eigenvectors, in_numpy, by_torch_svd])
+@pytest.mark.parametrize("answer", [by_slices, by_eigenvectors, in_numpy, by_torch_svd])
 def test_pieces_found_in_other_ways_pass(answer, seed, monkeypatch) -> None:
     monkeypatch.setenv("LORA_EDU_CHECK_SEED", str(seed))
     assert checks.truncated_svd(answer).status == "passed"
@@ -256,6 +388,14 @@ def test_your_turn_in_the_lesson() -> None:
         space = {"torch": torch}
         exec(source, space)
         assert checks.truncated_svd(space["truncated_svd"]).status == status
+
+
+RIGHT_DATA_AWARE = {
+    "by a pseudo-inverse": lambda W, X, r: low_rank_approximation(W @ X.T, r) @ torch.linalg.pinv(X.T),
+    "by PyTorch's SVD": lambda W, X, r: torch.linalg.svd(W @ X.T)[0][:, :r] @ torch.linalg.svd(W @ X.T)[0][:, :r].T @ W,
+    "by eigenvectors": lambda W, X, r: projected(torch.linalg.eigh(W @ X.T @ X @ W.T).eigenvectors[:, -r:], W),
+}
+test_other_data_aware_matrices_pass = each_passes(checks.data_aware_approximation, RIGHT_DATA_AWARE)
 
 
 @pytest.mark.parametrize("name", CHECKS)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import math
 
+import numpy as np
 import pytest
 import torch
 
-from found import each_is_found
+from found import each_is_found, each_passes
 from lora_edu.course import checks
 from lora_edu.lowrank import effective_rank, low_rank_approximation, singular_values, stable_rank
 
@@ -40,10 +42,30 @@ RANK = {
     "counts the values": (lambda b, a: float(len(shares(b, a))), "this is the rank"),
     "stable rank": (lambda b, a: stable_rank(a - b), "stable rank"),
     "participation ratio": (lambda b, a: 1 / (shares(b, a) ** 2).sum().item(), "1 / Σp²"),
-    "of the weight, not the update": (lambda b, a: effective_rank(a), "weight after training"),
+    "of the weight, not the update": (
+        lambda b, a: entropy(shares(torch.zeros_like(a), a)).exp().item(),
+        "weight after training",
+    ),
+    "the library's": (lambda b, a: effective_rank(a - b), "the library's effective_rank"),
     "a tensor": (lambda b, a: entropy(shares(b, a)).exp(), "you return a Tensor"),
 }
 test_effective_rank_mistake = each_is_found(checks.update_effective_rank, RANK, step="random update")
+
+
+def overwriting(b, a):
+    a.sub_(b)
+    sigma = torch.linalg.svdvals(a)
+    return entropy(sigma[sigma > 1e-12] / sigma.sum()).exp().item()
+
+
+RIGHT_RANK = {
+    "in place": overwriting,
+    "in bits": lambda b, a: 2.0 ** -(shares(b, a) * shares(b, a).log2()).sum().item(),
+    "a product": lambda b, a: (shares(b, a) ** -shares(b, a)).prod().item(),
+    "with NumPy": lambda b, a: np.exp(-np.sum(shares(b, a).numpy() * np.log(shares(b, a).numpy()))),
+    "a float of the math module": lambda b, a: math.exp(-sum(p * math.log(p) for p in shares(b, a).tolist())),
+}
+test_other_effective_ranks_pass = each_passes(checks.update_effective_rank, RIGHT_RANK)
 
 
 def cutter(change, start="before", vectors=False, edge=True):
@@ -79,6 +101,16 @@ def in_place(before, after, r):
     return before
 
 
+def linear_layers_only(before, after, r):
+    model = copy.deepcopy(before)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and r > 0:
+            delta = after.get_submodule(name).weight - module.weight
+            with torch.no_grad():
+                module.weight.add_(low_rank_approximation(delta, min(r, *delta.shape)))
+    return model
+
+
 def first_rows(b, a, r):
     keep = (torch.arange(len(b)) < r)[:, None]
     return b + keep * (a - b)
@@ -104,10 +136,35 @@ CUTS = {
     "nothing cut": (cutter(lambda b, a, r: a), "every matrix", "nothing was cut"),
     "nothing added": (cutter(lambda b, a, r: b), "every matrix", "nothing was added"),
     "rank off by one": (cutter(lambda b, a, r: right(b, a, r - 1)), "every matrix", "has rank"),
+    "linear layers only": (linear_layers_only, "every matrix", "nothing was added"),
     "first rows": (cutter(first_rows), "every matrix", "not the best one"),
     "large r fails": (cutter(right, edge=False), "a rank above", "ValueError"),
 }
 test_cut_mistake = each_is_found(checks.truncated_updates, CUTS)
+
+
+def through_the_state(before, after, r):
+    state, tuned = before.state_dict(), after.state_dict()
+    for name, value in state.items():
+        if value.ndim == 2:
+            U, S, Vh = torch.linalg.svd(tuned[name] - value, full_matrices=False)
+            state[name] = value + (U[:, :r] * S[:r]) @ Vh[:r]
+    model = copy.deepcopy(before)
+    model.load_state_dict(state)
+    return model
+
+
+def side_by_side(before, after, r):
+    model = copy.deepcopy(after)
+    for ours, old, new in zip(model.parameters(), before.parameters(), after.parameters(), strict=True):
+        ours.data = old.data.clone()
+        if old.dim() == 2 and r:
+            ours.data += low_rank_approximation((new - old).detach(), min(r, min(old.shape)))
+    return model
+
+
+RIGHT_CUTS = {"through the state dict": through_the_state, "from a copy of after": side_by_side}
+test_other_cuts_pass = each_passes(checks.truncated_updates, RIGHT_CUTS)
 
 
 def top(delta, r):
@@ -142,6 +199,17 @@ def fixed_draw(delta, r):
     return top(delta, r), ((delta @ Q).norm() ** 2 / delta.norm() ** 2).item()
 
 
+def axes(delta, r):
+    chosen = delta[:, torch.randperm(delta.shape[1])[:r]]
+    return top(delta, r), (chosen.norm() ** 2 / delta.norm() ** 2).item()
+
+
+def singular_directions(delta, r):
+    V = torch.linalg.svd(delta)[2].T
+    chosen = V[:, torch.randperm(len(V))[:r]]
+    return top(delta, r), ((delta @ chosen).norm() ** 2 / delta.norm() ** 2).item()
+
+
 def smallest(delta, r):
     return energies(torch.zeros_like(delta), delta)[-r:].sum().item()
 
@@ -160,11 +228,42 @@ SHARES = {
     "not orthonormal": (not_orthonormal, "orthonormal", "should hold everything"),
     "unit length only": (normalised_only, "orthonormal", "should hold everything"),
     "output side": (output_side, "r/k", "output directions"),
+    "coordinate axes": (axes, "every side", "everything or nothing"),
+    "singular directions": (singular_directions, "every side", "everything or nothing"),
+    "formula and noise": (
+        lambda d, r: (top(d, r), 1.0 if r == d.shape[1] else r / d.shape[1] + 0.01 * torch.randn(()).item()),
+        "orthonormal",
+        "hold the same",
+    ),
     "fixed draw": (fixed_draw, "r/k", "same at each call"),
     "formula": (lambda d, r: (top(d, r), r / d.shape[1]), "r/k", "same at each call"),
     "the top ones again": (lambda d, r: (top(d, r), top(d, r)), "r/k", "same at each call"),
 }
 test_share_mistake = each_is_found(checks.top_against_random, SHARES)
+
+
+def orthogonal(delta, r):
+    Q = torch.nn.init.orthogonal_(torch.empty(delta.shape[1], r, dtype=delta.dtype))
+    return [top(delta, r), (Q.T @ delta.T @ delta @ Q).trace().item() / (delta**2).sum().item()]
+
+
+def from_an_svd(delta, r):
+    Q = torch.linalg.svd(torch.randn(delta.shape[1], delta.shape[1], dtype=delta.dtype))[0][:, :r]
+    return top(delta, r), ((delta @ Q).square().sum() / delta.square().sum()).item()
+
+
+def gram_schmidt(delta, r):
+    found = []
+    for _ in range(r):
+        q = torch.randn(delta.shape[1], dtype=delta.dtype)
+        for _ in range(2):
+            q = q - sum((q @ other) * other for other in found)
+        found.append(q / q.norm())
+    return top(delta, r), sum((delta @ q).norm().item() ** 2 for q in found) / delta.norm().item() ** 2
+
+
+RIGHT_SHARES = {"orthogonal_": orthogonal, "an SVD of noise": from_an_svd, "Gram–Schmidt": gram_schmidt}
+test_other_shares_pass = each_passes(checks.top_against_random, RIGHT_SHARES)
 
 
 def loop(loss=torch.mean, clear=True, copied=True, result=lambda W, W0: W.detach() - W0, always=None):
@@ -195,6 +294,40 @@ UPDATES = {
         "not right",
     ),
 }
+
+
+def nothing_to_learn(W0, X, Y, make_optimizer, steps):
+    """Makes the targets those that W0 has already, so that a loop which runs later finds no error."""
+    Y.copy_(X @ W0.T)
+    return torch.zeros_like(W0)
+
+
+UPDATES["targets overwritten"] = (nothing_to_learn, "one step", "nothing was trained")
+
+
+def with_a_layer(W0, X, Y, make_optimizer, steps):
+    layer = torch.nn.Linear(*W0.T.shape, bias=False, dtype=W0.dtype)
+    layer.load_state_dict({"weight": W0})
+    optimizer = make_optimizer(list(layer.parameters()))
+    for _ in range(steps):
+        torch.nn.functional.mse_loss(layer(X), Y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return (layer.weight - W0).detach()
+
+
+def of_the_change(W0, X, Y, make_optimizer, steps):
+    change = torch.zeros_like(W0, requires_grad=True)
+    optimizer = make_optimizer([change])
+    for _ in range(steps):
+        error = X @ (W0 + change).T - Y
+        change.grad = (2 / error.numel() * error.T @ X).detach()
+        optimizer.step()
+    return change.detach()
+
+
+RIGHT_UPDATES = {"a layer": with_a_layer, "the change alone, its gradient by hand": of_the_change}
+test_other_updates_pass = each_passes(checks.optimizer_update, RIGHT_UPDATES)
 test_update_mistake = each_is_found(checks.optimizer_update, UPDATES)
 
 

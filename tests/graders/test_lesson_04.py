@@ -7,14 +7,18 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import peft
 import pytest
 import torch
+from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from found import each_is_found
-from lora_edu import LoRALinear
+from found import each_is_found, each_passes
+from lora_edu import LoraConfig, LoRALinear, inject, load_adapter, save_adapter
+from lora_edu.core.adapter import adapter_layers
 from lora_edu.core.matching import matches_names
+from lora_edu.core.peft_io import tensors_of as tensors_of_adapter
 from lora_edu.course import checks
 from lora_edu.course.notebooks.stored import find_notebook, read
 
@@ -42,8 +46,28 @@ NAME_MATCHING = {
         "One fit is enough",
     ),
     "only the first": (lambda n, ts: n == ts[0] or n.endswith("." + ts[0]), "one fitting target", "any("),
+    "the library's rule": (lambda n, ts: matches_names(ts, n), "last segment", "you call matches_names"),
+    "PEFT's rule": (
+        lambda n, ts: bool(check_target_module_exists(peft.LoraConfig(target_modules=ts), n)),
+        "last segment",
+        "which holds the rule",
+    ),
     "a pattern": (lambda n, ts: any(re.search(rf"(^|\.){t}$", n) for t in ts), "no patterns", "regular expression"),
 }
+
+
+def by_pattern(name: str, targets: Sequence[str]) -> re.Match | None:
+    found = (re.search(rf"(^|\.){re.escape(target)}\Z", name) for target in targets)
+    return next(filter(None, found), None)
+
+
+RIGHT_MATCHING = {
+    "a dot in front of both": lambda n, ts: any(f".{n}".endswith(f".{t}") for t in ts),
+    "segments from the right": lambda n, ts: any(n.split(".")[-len(t.split(".")) :] == t.split(".") for t in ts),
+    "endswith with a tuple": lambda n, ts: n in ts or n.endswith(tuple(f".{t}" for t in ts)),
+    "an escaped pattern, a match for true": by_pattern,
+}
+test_other_matchings_pass = each_passes(checks.name_matching, RIGHT_MATCHING)
 test_name_matching_names_the_mistake = each_is_found(checks.name_matching, NAME_MATCHING)
 
 
@@ -138,6 +162,16 @@ def published(model: nn.Module, targets: Sequence[str], r: int = 8, lora_alpha: 
     return found
 
 
+def by_the_library(model: nn.Module, targets: Sequence[str], r: int = 8, lora_alpha: float = 8) -> list[str]:
+    inject(model, LoraConfig(r=r, lora_alpha=lora_alpha, target_modules=targets))
+    return list(adapter_layers(model))
+
+
+def by_peft(model: nn.Module, targets: Sequence[str], r: int = 8, lora_alpha: float = 8) -> list[str]:
+    peft.get_peft_model(model, peft.LoraConfig(r=r, lora_alpha=lora_alpha, target_modules=targets))
+    return []
+
+
 def while_walking(model: nn.Module, targets: Sequence[str], r: int = 8, lora_alpha: float = 8) -> list[str]:
     found = []
     for parent_name, parent in model.named_modules():
@@ -161,6 +195,8 @@ def substring_but_right(targets: Sequence[str], name: str) -> bool:
 
 
 HAND_INJECTION = {
+    "the library's injection": (by_the_library, "every target is replaced", "you call inject"),
+    "PEFT's injection": (by_peft, "every target is replaced", "the library injects"),
     "in a copy": (in_a_copy, "every target is replaced", "a copy of it"),
     "top level only": (top_level_only, "every target is replaced", "at every depth"),
     "a layer at the top": (published, "every target is replaced", "not enough values to unpack"),
@@ -176,6 +212,55 @@ HAND_INJECTION = {
     "wraps the wrapper": (with_mistake(kinds=(nn.Linear, LoRALinear)), "wraps nothing twice", "wrapped twice"),
     "second call freezes the first": (with_mistake(freeze="first"), "a second call", "stops the first adapter"),
 }
+
+
+class OwnLoRA(LoRALinear):
+    """A layer that only looks like the one asked for."""
+
+
+def with_its_own_class(model: nn.Module, targets: Sequence[str], r: int = 8, lora_alpha: float = 8) -> list[str]:
+    found = wrapped(model, targets, r, lora_alpha)
+    for name in found:
+        model.get_submodule(name).__class__ = OwnLoRA
+    return found
+
+
+HAND_INJECTION["a class of its own"] = (with_its_own_class, "every target is replaced", "holds no LoRALinear")
+
+
+def recursive(model: nn.Module, targets: Sequence[str], r: int = 8, lora_alpha: float = 8) -> list[str]:
+    found: list[str] = []
+
+    def visit(parent: nn.Module, prefix: str) -> None:
+        for attribute, child in list(parent.named_children()):
+            name = f"{prefix}{attribute}"
+            if isinstance(child, LoRALinear):
+                continue
+            if isinstance(child, nn.Linear) and any(f".{name}".endswith(f".{target}") for target in targets):
+                setattr(parent, attribute, LoRALinear(child, r, lora_alpha))
+                found.append(name)
+            else:
+                visit(child, f"{name}.")
+
+    visit(model, "")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    return found
+
+
+def freeze_first(model: nn.Module, targets: Sequence[str], r: int = 8, lora_alpha: float = 8) -> list[str]:
+    for module in model.modules():
+        if not isinstance(module, LoRALinear):
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad = False
+    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and matches_names(targets, n)]
+    for name in names:
+        model.set_submodule(name, LoRALinear(model.get_submodule(name), r=r, lora_alpha=lora_alpha))
+    return names
+
+
+RIGHT_INJECTION = {"collected, then replaced": wrapped, "child by child": recursive, "frozen first": freeze_first}
+test_other_injections_pass = each_passes(checks.hand_injection, RIGHT_INJECTION)
 test_hand_injection_names_the_mistake = each_is_found(checks.hand_injection, HAND_INJECTION)
 
 
@@ -239,6 +324,15 @@ def load_not_strict(model: nn.Module, file: Path) -> None:
     model.load_state_dict(state, strict=False)
 
 
+def load_by_lookup(model: nn.Module, file: Path) -> None:
+    """A missing key is a KeyError; nothing is written until all are found."""
+    tensors, places = load_file(file), tensors_of(model)
+    found = {key: tensors[key] for key in places}
+    if tensors.keys() - places.keys() or any(found[key].shape != places[key].shape for key in places):
+        raise ValueError("foreign, or of another shape")
+    copy_all(places, found)
+
+
 def load_new_parameters(model: nn.Module, file: Path) -> None:
     for key, tensor in load_file(file).items():
         module, _, attribute = key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".")
@@ -250,6 +344,14 @@ def load_only_a(model: nn.Module, file: Path) -> None:
 
 
 SAVE_AND_LOAD = {
+    "the library's files": (
+        lambda model, file: save_adapter(model, file.parent), lambda model, file: load_adapter(model, file.parent),
+        "nothing else", "you call save_adapter",
+    ),
+    "the library's tensors": (
+        lambda model, file: save_file(tensors_of_adapter(adapter_layers(model), []), file), loader(),
+        "nothing else", "you call tensors_of",
+    ),
     "base weights too": (save_everything, loader(), "nothing else", "belongs to the base"),
     "one layer only": (save_first_layer, loader(), "nothing else", "the adapter has"),
     "a pickle": (save_pickle, loader(), "nothing else", "no safetensors file"),
@@ -260,11 +362,41 @@ SAVE_AND_LOAD = {
     "B not loaded": (saver(), load_only_a, "the same logits", "are not those of the saved one"),
     "new parameters": (saver(), load_new_parameters, "the same logits", "an optimizer made before"),
     "not strict": (saver(), load_not_strict, "tensor missing", "strict=False"),
+    "a KeyError": (saver(), load_by_lookup, "tensor missing", "raises KeyError"),
     "missing not noticed": (saver(), loader(missing=False), "tensor missing", "without a word"),
     "foreign not noticed": (saver(), loader(foreign=False), "foreign tensor", "without a word"),
     "shapes not compared": (saver(), loader(shapes=False), "another rank", "copy_ broadcasts"),
     "copied before checking": (saver(), loader(early=True), "tensor missing", "half of it had been loaded"),
+}  # fmt: skip
+
+
+def save_by_parameters(model: nn.Module, file: Path) -> None:
+    names = [name for name, _ in model.named_parameters() if name.rpartition(".")[2] in ("lora_A", "lora_B")]
+    save_file({f"base_model.model.{name}.weight": model.get_parameter(name).data for name in names}, str(file))
+
+
+def save_by_layers(model: nn.Module, file: Path) -> None:
+    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, LoRALinear)]
+    tensors = {f"{name}.{key}": tensor.detach() for name, layer in layers for key, tensor in layer.to_file().items()}
+    save_file({f"base_model.model.{key}": tensor for key, tensor in tensors.items()}, file)
+
+
+def load_through_the_state(model: nn.Module, file: Path) -> None:
+    tensors, state = load_file(file), model.state_dict()
+    names = {key: key.removeprefix("base_model.model.").removesuffix(".weight") for key in tensors}
+    if {name for name in state if "lora_" in name} != set(names.values()):
+        raise ValueError("the file is not for these layers")
+    if any(tensors[key].shape != state[name].shape for key, name in names.items()):
+        raise ValueError("the file is not for this rank")
+    model.load_state_dict({**state, **{name: tensors[key] for key, name in names.items()}})
+
+
+RIGHT_FILES = {
+    "by parameters": (save_by_parameters, loader()),
+    "by layers": (save_by_layers, load_through_the_state),
+    "by hand": (saver(), loader()),
 }
+test_other_files_pass = each_passes(checks.save_and_load, RIGHT_FILES)
 test_save_and_load_names_the_mistake = each_is_found(checks.save_and_load, SAVE_AND_LOAD)
 
 
@@ -291,8 +423,31 @@ SEED_VERDICT = {
         "inside the other",
     ),
     "equal counts": (lambda a, b: ranges(a, b, equal=True), "touch", "same loss"),
+    "a tie goes to a": (
+        lambda a, b: "not evidence" if min(len(a), len(b)) < 2 else ranges(a, b) if min(a) != max(b) else "a",
+        "touch",
+        "same loss",
+    ),
     "one seed decides": (lambda a, b: ranges(a, b, few=1), "single seed", "spread of one seed"),
 }
+
+
+def every_pair(a: Sequence[float], b: Sequence[float]) -> str:
+    if len(a) < 2 or len(b) < 2:
+        return "not evidence"
+    if all(x < y for x in a for y in b):
+        return "a"
+    return "b" if all(y < x for x in a for y in b) else "not evidence"
+
+
+def by_sorting(a: Sequence[float], b: Sequence[float]) -> str:
+    a, b = sorted(a), sorted(b)
+    wins = {"a": a[-1] < b[0], "b": b[-1] < a[0]}
+    return next((name for name, won in wins.items() if won and len(a) > 1 < len(b)), "not evidence")
+
+
+RIGHT_VERDICT = {"ranges": ranges, "every pair": every_pair, "sorted": by_sorting}
+test_other_verdicts_pass = each_passes(checks.seed_verdict, RIGHT_VERDICT)
 test_seed_verdict_names_the_mistake = each_is_found(checks.seed_verdict, SEED_VERDICT)
 
 

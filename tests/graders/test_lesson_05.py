@@ -9,12 +9,17 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from found import each_is_found
+from found import each_is_found, each_passes
+from lora_edu.counting import lora_parameters
+from lora_edu.counting.parameters import lora_formula
 from lora_edu.course import checks
 
 pytestmark = pytest.mark.graders
@@ -29,9 +34,25 @@ LORA_COUNT = {
     "only A": (lambda i, o, r: r * i, "a square layer", "the other is missing"),
     "square assumed": (lambda i, o, r: 2 * r * i, "not square", "as if the layer were square"),
     "square assumed from the output": (lambda i, o, r: 2 * r * o, "not square", "as if the layer were square"),
+    "the library's": (lambda i, o, r: lora_formula([(o, i)], r), "a square layer", "you call lora_formula"),
+    "a float": (lambda i, o, r: r * (i + o) / 1, "a square layer", "you count"),
+    "nothing returned": (lambda i, o, r: None, "a square layer", "you count None"),
     "r by r core": (lambda i, o, r: r * r, "a square layer", "not the number of entries of A and B"),
 }
 test_lora_count_names_the_mistake = each_is_found(checks.lora_count, LORA_COUNT)
+
+
+RIGHT_COUNT = {
+    "A and B": lambda i, o, r: r * i + o * r,
+    "of two tensors": lambda i, o, r: torch.empty(r, i).numel() + torch.empty(o, r).numel(),
+    "with NumPy": lambda i, o, r: np.int64(r) * (i + o),
+    "of two layers": lambda i, o, r: nn.Linear(i, r, bias=False).weight.numel() + nn.Linear(r, o).weight.numel(),
+}
+test_other_counts_pass = each_passes(checks.lora_count, RIGHT_COUNT)
+
+
+def right_numbers(lora: int, base: int, head: int = 0) -> tuple[int, int, float]:
+    return lora + head, base + lora + head, 100 * (lora + head) / (base + lora + head)
 
 
 def over_base(lora: int, base: int, head: int) -> tuple[int, int, float]:
@@ -71,6 +92,15 @@ PEFT_NUMBERS = {
     "head counted once": (one_head, "a classifier", "both are counted"),
     "head counted three times": (three_heads, "a classifier", "inside the base already"),
 }
+PEFT_NUMBERS["two numbers"] = (lambda *given: right_numbers(*given)[:2], "a language model", "expected three numbers")
+
+
+def in_a_list(lora: int, base: int, head: int) -> list:
+    total = sum((lora, base, head))
+    return [total - base, total, (1 - base / total) * 100]
+
+
+test_other_numbers_pass = each_passes(checks.peft_numbers, {"a tuple": right_numbers, "a list": in_a_list})
 test_peft_numbers_names_the_mistake = each_is_found(checks.peft_numbers, PEFT_NUMBERS)
 
 
@@ -114,13 +144,36 @@ COUNT_TARGETS = {
     ),
     "embeddings left out": (counter(kinds=(nn.Linear, Conv1D)), "embeddings", "you count"),
     "two names counted twice": (counter(remove_duplicate=False), "two names", "two names"),
+    "the library's": (
+        lambda model, r, targets: lora_parameters(model, r, targets),
+        "own shape",
+        "you call lora_parameters",
+    ),
     "no error": (counter(refuse=False), "no match", "without a word"),
 }
 test_count_targets_names_the_mistake = each_is_found(partial(checks.count_targets, hint=3), COUNT_TARGETS)
 
 
-def test_counter_without_a_mistake_passes() -> None:
-    assert checks.count_targets(counter())
+def by_kind(model: nn.Module, r: int, targets: list[str]) -> int:
+    seen, total = set(), 0
+    for name, module in model.named_modules(remove_duplicate=False):
+        if not f".{name}".endswith(tuple(f".{target}" for target in targets)) or id(module) in seen:
+            continue
+        seen.add(id(module))
+        match module:
+            case nn.Linear():
+                total += r * (module.in_features + module.out_features)
+            case nn.Embedding():
+                total += r * (module.num_embeddings + module.embedding_dim)
+            case Conv1D():
+                total += r * (module.nx + module.nf)
+    if not total:
+        raise ValueError(f"nothing is called {targets}")
+    return total
+
+
+RIGHT_TARGETS = {"by shape": counter(), "by kind": by_kind}
+test_other_counters_pass = each_passes(checks.count_targets, RIGHT_TARGETS)
 
 
 def header_of(path: Path) -> tuple[int, dict]:
@@ -139,6 +192,7 @@ def file_answer(path: Path, prefix: int = 8, skip: bool = True, numbers: str = "
         "four bytes": stored // 4,
         "bytes": stored,
         "tensors": len(shapes),
+        "two sides": sum(shape[0] * shape[1] for shape in shapes) if numbers == "two sides" else 0,
         "only A": sum(math.prod(e["shape"]) for n, e in header.items() if "lora_A" in n),
     }[numbers]
     return {"parameters": parameters, "header_bytes": prefix + length, "tensor_bytes": stored}
@@ -154,9 +208,18 @@ def big_endian(path: Path) -> dict[str, int]:
     return file_answer(path)
 
 
-def no_header(path: Path) -> dict[str, int]:
+def with_the_library(path: Path) -> dict[str, int]:
     with safe_open(path, "pt") as file:
-        return {"parameters": sum(file.get_tensor(key).numel() for key in file.keys())}  # noqa: SIM118
+        numbers = sum(file.get_tensor(key).numel() for key in file.keys())  # noqa: SIM118
+    return {**file_answer(path), "parameters": numbers}
+
+
+def with_its_loader(path: Path) -> dict[str, int]:
+    return {**file_answer(path), "parameters": sum(tensor.numel() for tensor in load_file(path).values())}
+
+
+def only_parameters(path: Path) -> dict[str, int]:
+    return {"parameters": file_answer(path)["parameters"]}
 
 
 ADAPTER_FILE = {
@@ -166,11 +229,40 @@ ADAPTER_FILE = {
     "bytes as numbers": (lambda path: file_answer(path, numbers="bytes"), "a float32 file", "bytes, not numbers"),
     "only A": (lambda path: file_answer(path, numbers="only A"), "a float32 file", "your parameters is"),
     "big-endian": (big_endian, "a float32 file", "your code raised"),
-    "keys missing": (no_header, "a float32 file", "no entry 'header_bytes'"),
+    "the library's reader": (with_the_library, "a float32 file", "you call safe_open"),
+    "the library's loader": (with_its_loader, "a float32 file", "you call load_file"),
+    "two sides only": (lambda path: file_answer(path, numbers="two sides"), "no matrices", "raised IndexError"),
+    "a tuple": (lambda path: tuple(file_answer(path).values()), "a float32 file", "you return a tuple"),
+    "a float": (lambda path: {k: float(v) for k, v in file_answer(path).items()}, "a float32 file", "you count"),
+    "keys missing": (only_parameters, "a float32 file", "no entry 'header_bytes'"),
     "metadata as a tensor": (lambda path: file_answer(path, skip=False), "a metadata entry", "KeyError: 'shape'"),
     "four bytes a number": (lambda path: file_answer(path, numbers="four bytes"), "16-bit", "not every number has 4"),
 }
 test_adapter_file_names_the_mistake = each_is_found(checks.adapter_file, ADAPTER_FILE)
+
+
+def by_offsets(path: Path) -> dict[str, int]:
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    end = max(entry["data_offsets"][1] for entry in header.values())
+    return {
+        "tensor_bytes": end,
+        "header_bytes": path.stat().st_size - end,
+        "parameters": int(sum(np.prod(entry["shape"]) for entry in header.values())),
+    }
+
+
+test_other_readers_pass = each_passes(checks.adapter_file, {"by shapes": file_answer, "by offsets": by_offsets})
+
+
+def nearer_of_two(per_rank: dict[str, int], budget: int) -> dict[str, int]:
+    below = {name: budget // each for name, each in per_rank.items()}
+    return {
+        name: max(1, below[name] + (budget - below[name] * each > (below[name] + 1) * each - budget))
+        for name, each in per_rank.items()
+    }
 
 
 def one_rank_for_all(per_rank: dict[str, int], budget: int) -> dict[str, int]:
@@ -189,4 +281,17 @@ MATCHED_RANKS = {
         "misses the budget",
     ),
 }
+MATCHED_RANKS |= {
+    "a list": (lambda p, b: [max(1, round(b / v)) for v in p.values()], "fits exactly", "you return a list"),
+    "a set left out": (
+        lambda p, b: {k: max(1, round(b / p[k])) for k in list(p)[:1]},
+        "fits exactly",
+        "expected narrow",
+    ),
+}
+RIGHT_RANKS = {
+    "whole numbers only": lambda p, b: {k: max(1, (2 * b + v) // (2 * v)) for k, v in p.items()},
+    "the nearer of two": nearer_of_two,
+}
+test_other_ranks_pass = each_passes(checks.matched_ranks, RIGHT_RANKS)
 test_matched_ranks_names_the_mistake = each_is_found(checks.matched_ranks, MATCHED_RANKS)

@@ -14,7 +14,6 @@ from found import assert_found, assert_random_state_kept, each_is_found
 from lora_edu.course import checks
 from lora_edu.course.checks import lesson_07
 from lora_edu.lab.bases import BaseMissing
-from lora_edu.lab.datasets import encode
 
 pytestmark = pytest.mark.graders
 NOTEBOOK = "07_fine_tuning_a_real_model"
@@ -241,11 +240,6 @@ ENCODE_CHAT = {
     "nothing refused": (chat(refuse=False), "is refused", "your function returns a row"),
 }
 test_encode_chat_names_the_mistake = each_is_found(checks.encode_chat, ENCODE_CHAT)
-
-
-def test_the_librarys_own_rows_pass() -> None:
-    report = checks.encode_chat(lambda entry, tokenizer, n: encode([entry], tokenizer, n, chat=True)[0])
-    assert report.status == "passed", report.text
 
 
 def test_a_missing_base_is_no_mistake_of_the_learner(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -223,7 +223,11 @@ INTRUDERS = {
         "rotated inputs",
         "the directions of the update",
     ),
-    "the full U": (counting(known=lambda W, k: left(W, full=True)), "rotated outputs", "maps nothing to"),
+    "the full U": (
+        counting(known=lambda W, k: left(W, full=True)),
+        "rotated outputs|W maps nothing to",  # the first only where a left-over direction happens to come near
+        "maps nothing to",
+    ),
     "squared cosines": (counting(size=torch.square), "rotated outputs", "squared cosines"),
     "pairs": (counting(best=lambda cosines: cosines), "rotated inputs", "pairs, not directions"),
     "a share": (lambda W, tuned, k, t: counting()(W, tuned, k, t) / k, "rotated inputs", "expected a whole number"),

@@ -1,24 +1,11 @@
 """Every check that a solutions notebook calls passes the solution, whatever it draws, and leaves the stub alone."""
 
-import re
-
 import pytest
 
+from found import calls
 from lora_edu.course import checks
-from lora_edu.course.notebooks.stored import SOLUTIONS, list_notebooks, read
 
 pytestmark = pytest.mark.graders
-
-
-def calls() -> list:
-    """(notebook, check, names of the learner's objects) for each cell tagged "check"."""
-    found = []
-    for path in list_notebooks(SOLUTIONS):
-        for cell in read(path).cells:
-            if "check" in cell.metadata.get("tags", []):
-                check, objects = re.search(r"checks\.(\w+)\(([\w, ]+)\)", cell.source).groups()
-                found.append(pytest.param(path.stem, check, re.split(r",\s*", objects), id=f"{path.stem[:2]} {check}"))
-    return found
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -1,6 +1,7 @@
 """The checks of all exercises, by name: ``checks.lora_layer(MyLoRA)``.
 
-One module a lesson; every public function of ``lesson_NN.py`` that returns a ``Report`` can be called from here.
+One module a lesson; every public function of ``lesson_NN.py`` that returns a ``Report`` can be called from here. It
+then takes the learner's objects with the care that ``candidates.py`` describes.
 """
 
 import importlib
@@ -8,6 +9,7 @@ import pkgutil
 from collections.abc import Callable
 
 from lora_edu.course.checks import autograding
+from lora_edu.course.checks.candidates import examined
 from lora_edu.course.checks.report import Report, Wrong, run_steps
 from lora_edu.course.checks.your_turn import use
 
@@ -21,7 +23,7 @@ for _module in sorted(info.name for info in pkgutil.iter_modules(__path__) if in
             continue
         if _name in CHECKS:
             raise ImportError(f"two checks are called {_name!r}: in {CHECKS[_name].__module__} and {_lesson.__name__}")
-        CHECKS[_name] = _object
+        CHECKS[_name] = examined(_object)
 globals().update(CHECKS)
 if autograding.is_on():
     autograding.route_stderr()

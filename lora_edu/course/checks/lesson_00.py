@@ -9,10 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_edu.course.checks import tools
+from lora_edu.course.checks.candidates import without
 from lora_edu.course.checks.report import Report, Wrong, run_steps
 from lora_edu.course.checks.tools import between, normal
 from lora_edu.lab.datasets import IGNORED
 
+READY_MADE = ("softmax", "log_softmax", "cross_entropy", "nll_loss")
 close = partial(tools.close, rtol=1e-6)  # an answer in float32 is right, too
 
 
@@ -43,19 +45,26 @@ def need_tensor(value: Any, shape: tuple[int, ...], what: str) -> Tensor:
     return value
 
 
+@without(
+    *READY_MADE,
+    symptom="you call {name}; this exercise wants the formula itself",
+    question="Which formula stands in question 6 of the lesson?",
+    fix="Divide exponentials by their sum over the row: torch.exp and .sum(dim=-1, keepdim=True).",
+)
 def softmax_by_hand(candidate: Callable[..., Any], hint: int = 1) -> Report:
     """Exercise A1 of lesson 00: ``candidate(logits)`` is the softmax of each row, for logits of any size."""
 
+    def asked(logits: Tensor) -> Tensor:
+        return need_tensor(candidate(logits.clone()), tuple(logits.shape), "your result")
+
     def shape() -> None:
-        logits = draw(between(2, 4), between(5, 8))
-        p = need_tensor(candidate(logits), tuple(logits.shape), "your result")
+        p = asked(draw(between(2, 4), between(5, 8)))
         if (p < 0).any():
             question = "What makes every logit positive before you divide?"
             raise Wrong("some of your probabilities are negative", question, "Divide exponentials: torch.exp(logits).")
 
     def rows() -> None:
-        logits = draw(between(2, 4), between(5, 8))
-        p = candidate(logits)
+        p = asked(draw(between(2, 4), between(5, 8)))
         if close(p.sum(dim=-1), torch.ones(len(p))):
             return
         if close(p.sum(), torch.ones(())):
@@ -69,7 +78,7 @@ def softmax_by_hand(candidate: Callable[..., Any], hint: int = 1) -> Report:
     def square() -> None:
         n = between(4, 6)
         logits = draw(n, n)
-        p = candidate(logits)
+        p = asked(logits)
         if not close(p, torch.softmax(logits, dim=-1)) and close(p, torch.exp(logits) / torch.exp(logits).sum(dim=-1)):
             raise Wrong(
                 f"for logits of shape ({n}, {n}) each number is divided by the sum of another row",
@@ -79,19 +88,23 @@ def softmax_by_hand(candidate: Callable[..., Any], hint: int = 1) -> Report:
         compare(p, logits)
 
     def large() -> None:
-        logits = torch.tensor([[1000.0, 999.0, 0.0], [2.0, 1000.0, 998.0]], dtype=torch.float64)
-        p = candidate(logits)
-        if not p.isfinite().all():
-            raise Wrong(
-                "for the logits (1000, 999, 0) your probabilities are not numbers",
-                "exp(1000) is too large for any float. What may you add to all logits of a row for free?",
-                "Subtract the largest logit first: logits - logits.max(dim=-1, keepdim=True).values.",
-            )
-        compare(p, logits)
+        # The largest logit lies far above the mean and the median of its row, so that subtracting these is no help.
+        for top in (1000.0, 9000.0):
+            for dtype in (torch.float64, torch.float32):
+                logits = torch.tensor([[top, top - 1, 0, 0, 0], [0, 2, 0, top, top - 2]], dtype=dtype)
+                p = asked(logits)
+                if not p.isfinite().all():
+                    raise Wrong(
+                        f"for the logits ({top:.0f}, {top - 1:.0f}, 0, 0, 0) your probabilities are not numbers",
+                        "exp(1000) is too large for any float. What may you add to all logits of a row for free, and "
+                        "how much must it be for the largest of them?",
+                        "Subtract the largest logit first: logits - logits.max(dim=-1, keepdim=True).values.",
+                    )
+                compare(p, logits, 1e-6 if dtype is torch.float64 else 2e-3)  # exp turns rounding of 9000 into a share
 
     def far_apart() -> None:
         logits = draw(3, 5) + torch.tensor([[1000.0], [0.0], [-1000.0]], dtype=torch.float64)
-        p = candidate(logits)
+        p = asked(logits)
         if not p.isfinite().all():
             raise Wrong(
                 "with one row of logits near 1000 and another near −1000, one row is not a number",
@@ -100,9 +113,9 @@ def softmax_by_hand(candidate: Callable[..., Any], hint: int = 1) -> Report:
             )
         compare(p, logits)
 
-    def compare(p: Tensor, logits: Tensor) -> None:
+    def compare(p: Tensor, logits: Tensor, tolerance: float = 1e-6) -> None:
         right = torch.softmax(logits, dim=-1)
-        if not close(p, right):
+        if not close(p, right, rtol=tolerance):
             raise Wrong(
                 f"your result differs from torch.softmax by up to {(p - right).abs().max().item():.2g}",
                 "Which formula stands in question 6 of the lesson?",
@@ -113,12 +126,18 @@ def softmax_by_hand(candidate: Callable[..., Any], hint: int = 1) -> Report:
         ("as many probabilities as logits, none below 0", shape),
         ("each row sums to 1", rows),
         ("equal to torch.softmax, also for a square matrix", square),
-        ("no overflow for logits of 1000", large),
+        ("no overflow for large logits", large),
         ("no overflow when rows lie far apart", far_apart),
     ]
     return run_steps("Softmax", steps, hint)
 
 
+@without(
+    *READY_MADE,
+    symptom="you call {name}; this exercise wants the loss without it",
+    question="What is −ln p of one token, written with the logits of its row?",
+    fix="−ln p = torch.logsumexp(z, dim=-1) minus the logit of the right token.",
+)
 def masked_cross_entropy(candidate: Callable[..., Any], hint: int = 1) -> Report:
     """Exercise B1 of lesson 00: ``candidate(logits, labels)`` is the mean loss over labels other than −100."""
 
@@ -131,9 +150,12 @@ def masked_cross_entropy(candidate: Callable[..., Any], hint: int = 1) -> Report
                 labels[row, :given] = IGNORED
         return logits, labels
 
+    def asked(logits: Tensor, labels: Tensor, **options: int) -> Tensor:
+        return need_tensor(candidate(logits.clone(), labels.clone(), **options), (), "your loss")
+
     def plain() -> None:
         logits, labels = batch(masked=False)
-        loss, right = need_tensor(candidate(logits, labels), (), "your loss"), mean_of_losses(logits, labels)
+        loss, right = asked(logits, labels), mean_of_losses(logits, labels)
         if close(loss, right):
             return
         name = f"your loss is {loss.item():.3f}, PyTorch's is {right.item():.3f}"
@@ -155,7 +177,7 @@ def masked_cross_entropy(candidate: Callable[..., Any], hint: int = 1) -> Report
 
     def ignores() -> None:
         logits, labels = batch()
-        loss, right = need_tensor(candidate(logits, labels.clone()), (), "your loss"), mean_of_losses(logits, labels)
+        loss, right = asked(logits, labels), mean_of_losses(logits, labels)
         if close(loss, right):
             return
         kept = labels != IGNORED
@@ -184,7 +206,8 @@ def masked_cross_entropy(candidate: Callable[..., Any], hint: int = 1) -> Report
 
     def other_mark() -> None:
         logits, labels = batch()
-        loss, right = candidate(logits, labels.where(labels != IGNORED, -1), ignored=-1), mean_of_losses(logits, labels)
+        other = labels.where(labels != IGNORED, -1)
+        loss, right = asked(logits, other, ignored=-1), mean_of_losses(logits, labels)
         if not close(loss, right):
             raise Wrong(
                 f"with ignored=-1 your loss is {loss.item():.3f}, not {right.item():.3f}",
@@ -194,7 +217,7 @@ def masked_cross_entropy(candidate: Callable[..., Any], hint: int = 1) -> Report
 
     def large() -> None:
         logits, labels = batch()
-        loss, right = candidate(1000 * logits, labels.clone()), mean_of_losses(1000 * logits, labels)
+        loss, right = asked(1000 * logits, labels), mean_of_losses(1000 * logits, labels)
         if not close(loss, right):
             raise Wrong(
                 f"for logits in the thousands your loss is {loss.item():.4g}, not {right.item():.4g}",
@@ -217,7 +240,7 @@ def masked_cross_entropy(candidate: Callable[..., Any], hint: int = 1) -> Report
     def gradients() -> None:
         logits, labels = batch()
         logits.requires_grad_()
-        loss = candidate(logits, labels)
+        loss = need_tensor(candidate(logits, labels), (), "your loss")
         if not loss.requires_grad:
             raise Wrong(
                 "no gradient flows from your loss to the logits",

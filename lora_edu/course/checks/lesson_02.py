@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_edu.course.checks.candidates import without
 from lora_edu.course.checks.report import Report, Wrong, run_steps
 from lora_edu.course.checks.tools import (
     between,
     changed,
     close_in_norm,
     close_number,
+    is_several,
     is_tensor,
     known_slip,
     low_rank,
@@ -26,12 +28,18 @@ from lora_edu.lowrank import effective_rank, low_rank_approximation, singular_va
 same_number = partial(close_number, tolerance=1e-6)
 
 
+@without(
+    "lora_edu.lowrank.effective_rank",
+    symptom="you call the library's {name}",
+    question="What do you get for n equal shares p = 1/n, and what should it be?",
+    fix="Return torch.exp(-(p * p.log()).sum()).item().",
+)
 def update_effective_rank(candidate: Callable[[Tensor, Tensor], float], hint: int = 1) -> Report:
     """Exercise A1 of lesson 02: ``candidate(before, after)`` is the effective rank of after − before."""
     rule = "Return torch.exp(-(p * p.log()).sum()).item(), with p = σ / Σσ of after − before."
 
     def compare(before: Tensor, after: Tensor, what: str) -> None:
-        got = candidate(before, after)
+        got = candidate(before.clone(), after.clone())
         if not isinstance(got, float):
             raise Wrong(f"you return a {type(got).__name__}", "How does a tensor become a number?", "Add .item().")
         sigma = singular_values(after - before)
@@ -73,8 +81,9 @@ def truncated_updates(candidate: Callable[[nn.Module, nn.Module, int], nn.Module
     """Exercise B1 of lesson 02: ``candidate(before, after, r)`` is ``before`` plus its updates cut to rank r."""
 
     def pair() -> tuple[nn.Module, nn.Module]:
-        width = between(10, 13)
-        before = nn.Sequential(nn.Linear(6, width), nn.LayerNorm(width), nn.Linear(width, 8, bias=False)).double()
+        width, rows = between(10, 13), between(14, 17)
+        layers = nn.Embedding(rows, 6), nn.Linear(6, width), nn.LayerNorm(width), nn.Linear(width, 8, bias=False)
+        before = nn.Sequential(*layers).double()
         after = copy.deepcopy(before)
         with torch.no_grad():
             for parameter in after.parameters():
@@ -110,7 +119,7 @@ def truncated_updates(candidate: Callable[[nn.Module, nn.Module, int], nn.Module
 
     def vectors() -> None:
         before, after = pair()
-        model = cut(before, after, between(1, 3))
+        model = cut(before, after, between(2, 4))
         for name, old in before.named_parameters():
             if old.ndim != 2 and not torch.equal(model.get_parameter(name), old):
                 raise Wrong(
@@ -179,14 +188,14 @@ def top_against_random(candidate: Callable[[Tensor, int], tuple[float, float]], 
     """Exercise B2 of lesson 02: ``candidate(delta, r)`` gives the energy shares of the top and of random directions."""
 
     def call(delta: Tensor, r: int) -> tuple[float, float]:
-        got: Any = candidate(delta, r)
-        if not isinstance(got, tuple) or len(got) != 2 or not all(isinstance(share, float) for share in got):
+        got: Any = candidate(delta.clone(), r)
+        if not is_several(got, 2) or not all(isinstance(share, float) for share in got):
             raise Wrong(
                 f"you return {type(got).__name__}: expected two floats",
                 "Which two shares are asked for?",
                 "Return (top, random), each made a number with .item().",
             )
-        return got
+        return got[0], got[1]
 
     def top() -> None:
         delta, r = normal(9, between(12, 14)), between(2, 4)
@@ -216,11 +225,19 @@ def top_against_random(candidate: Callable[[Tensor, int], tuple[float, float]], 
                 "Do your random directions have length 1, and are they orthogonal to each other?",
                 "Q, _ = torch.linalg.qr(torch.randn(k, r)), then (delta @ Q).norm() ** 2 / delta.norm() ** 2.",
             )
+        r = between(2, 5)
+        share = call(3 * torch.linalg.qr(normal(7, 7)).Q, r)[1]
+        if not same_number(share, r / 7):
+            raise Wrong(
+                f"where all 7 directions hold the same, {r} of them should hold {r / 7:.4f}; yours hold {share:.4f}",
+                "Do you measure the share of this ΔW?",
+                "Q, _ = torch.linalg.qr(torch.randn(k, r)), then (delta @ Q).norm() ** 2 / delta.norm() ** 2.",
+            )
 
     def chance() -> None:
-        d, k, r = 6, 30, between(4, 6)
+        d, k, r = 8, 30, between(4, 6)
         delta = normal(d, k)
-        draws = [call(delta, r)[1] for _ in range(300)]
+        draws = [call(delta, r)[1] for _ in range(400)]
         mean = sum(draws) / len(draws)
         if max(draws) - min(draws) < 1e-9:
             raise Wrong(
@@ -228,7 +245,7 @@ def top_against_random(candidate: Callable[[Tensor, int], tuple[float, float]], 
                 "Do you measure the share, or compute what it should be?",
                 "Draw Q inside the function, without setting a seed, and measure ‖ΔW Q‖².",
             )
-        if abs(mean - r / k) > 0.02:
+        if abs(mean - r / k) > 0.03:
             note = "these are output directions" if abs(mean - r / d) < 0.05 else f"expected about {r / k:.2f}"
             raise Wrong(
                 f"r={r} random directions of {k} inputs hold {mean:.2f} of the energy on average: {note}",
@@ -236,10 +253,24 @@ def top_against_random(candidate: Callable[[Tensor, int], tuple[float, float]], 
                 "Inputs have k entries: Q is (k, r), and the energy is that of delta @ Q.",
             )
 
+    def every_side() -> None:
+        k, r = 30, between(4, 6)
+        one_input = torch.eye(k, dtype=torch.float64)[between(0, k - 1)]
+        for direction, words in ((one_input, "one input"), (normal(k), "one direction of the inputs")):
+            delta = normal(8, 1) * direction
+            shares = [call(delta, r)[1] for _ in range(20)]
+            if any(share < 1e-9 or share > 1 - 1e-9 for share in shares):
+                raise Wrong(
+                    f"where all of the energy lies in {words}, your random directions hold everything or nothing",
+                    "Is a random choice among fixed directions, such as the axes, a random direction?",
+                    "Q, _ = torch.linalg.qr(torch.randn(k, r)): directions from every side.",
+                )
+
     steps = [
         ("the top directions' share of the energy is right", top),
         ("random directions are orthonormal: all of them hold everything", everything),
         ("random input directions hold r/k on average", chance),
+        ("they come from every side, not from a few fixed ones", every_side),
     ]
     return run_steps("Top directions against random ones", steps, hint)
 
@@ -253,7 +284,7 @@ def optimizer_update(candidate: Callable[..., Tensor], hint: int = 1) -> Report:
     def compare(make: Callable[..., torch.optim.Optimizer], steps: int) -> None:
         W0, X, Y = problem(between(3, 5))
         kept = W0.clone()
-        got = candidate(W0, X, Y, make, steps)
+        got = candidate(W0, X.clone(), Y.clone(), make, steps)
         if not torch.equal(W0, kept):
             raise Wrong("your loop changed W0", "Do W and W0 share memory?", "Make the parameter from W0.clone().")
         if not is_tensor(got, W0.shape) or got.requires_grad:

@@ -13,10 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_edu.core.layer import LoRALinear
+from lora_edu.course.checks.candidates import without
 from lora_edu.course.checks.report import Report, Step, Wrong, run_steps
+from lora_edu.course.checks.starts import need_one_zero, need_start
 from lora_edu.course.checks.tools import (
     close,
     dtype_name,
+    is_several,
+    is_tensor,
     known_slip,
     need_scale,
     normal,
@@ -38,9 +42,9 @@ def sizes() -> tuple[int, int, int, float]:
 
 def need_gradient(name: str, ours: Tensor, right: Tensor, t: Mapping[str, Tensor], fix: str) -> None:
     """Raise ``Wrong`` unless the gradient of A, B or x is right; ``t`` holds g, W, A, B and the scale s."""
-    if close(ours, right):
+    if is_tensor(ours, right.shape) and close(ours, right):
         return
-    if ours.shape == right.shape:
+    if is_tensor(ours, right.shape):
         slips = [*scale_slips(right, t["s"].item())]
         slips += [(-right, "the sign is turned; the step goes against the gradient, the gradient itself does not")]
         if name == "x":
@@ -53,9 +57,39 @@ def need_gradient(name: str, ours: Tensor, right: Tensor, t: Mapping[str, Tensor
             ]
         symptom = with_note(f"is off by {off_by(ours, right):.0%}", known_slip(ours, slips, close))
     else:
-        symptom = f"does not fit: its shape is {tuple(ours.shape)} instead of {tuple(right.shape)}"
+        symptom = f"does not fit: it is {shape_or_type(ours)} instead of {tuple(right.shape)}"
     question = f"Which terms of y = x Wᵀ + s (x Aᵀ) Bᵀ contain {name}?"
     raise Wrong(f"your gradient of {name} {symptom}", question, fix)
+
+
+def need_dropped_inputs(update: Tensor, whole: Tensor) -> None:
+    """Raise ``Wrong`` unless dropout with p = 0.5 acted on x, before A.
+
+    Args:
+        update: what a layer in training adds for inputs with one non-zero entry each, a row for an input.
+        whole: the same without dropout.
+    """
+    if close(update, whole):
+        raise Wrong("with dropout 0.5 nothing is dropped", "Is the layer in training mode here?", "Drop x before A.")
+    row = (update * whole).sum(1) / (whole * whole).sum(1)  # 0 or 1 / (1 - p) if whole entries of x were dropped
+    if close(update, row[:, None] * whole) and all(min(abs(f), abs(f - 2)) < 1e-9 for f in row.tolist()):
+        return
+    if close(update, row[:, None] * whole) and all(min(abs(f), abs(f - 1)) < 1e-9 for f in row.tolist()):
+        symptom = "what is kept is not divided by 1 − p, so that the mean of the update shrinks"
+    elif close(update * (update - 2 * whole), torch.zeros_like(update)):
+        symptom = "entries of the update are dropped, after B"
+    else:
+        symptom = "dropout does not act on x: it comes after A"
+    raise Wrong(
+        symptom,
+        "Give it an x with one non-zero entry: which updates are possible if x is dropped, and which do you see?",
+        "Drop x on its way into A, with nn.Dropout: frozen(x) + scaling * (dropout(x) @ A.T @ B.T).",
+    )
+
+
+def one_at_a_time(inputs: int) -> Tensor:
+    """Inputs with one non-zero entry each, every entry 40 times: dropout drops or keeps it."""
+    return torch.eye(inputs, dtype=torch.float64).repeat(40, 1)
 
 
 def lora_forward(candidate: Callable[..., Tensor], hint: int = 1) -> Report:
@@ -64,10 +98,10 @@ def lora_forward(candidate: Callable[..., Tensor], hint: int = 1) -> Report:
     def compare(*leading: int) -> None:
         inputs, outputs, r, alpha = sizes()
         x, W, A, B = (normal(*shape) for shape in ((*leading, inputs), (outputs, inputs), (r, inputs), (outputs, r)))
-        y = candidate(x, W, A, B, alpha, r)
-        if y.shape != (*leading, outputs):
+        y = candidate(*(tensor.clone() for tensor in (x, W, A, B)), alpha, r)
+        if not is_tensor(y, (*leading, outputs)):
             raise Wrong(
-                f"x of shape {tuple(x.shape)} gives {tuple(y.shape)}, not {(*leading, outputs)}",
+                f"x of shape {tuple(x.shape)} gives {shape_or_type(y)}, not {(*leading, outputs)}",
                 "Which way do A and B stand when the rows of x are the inputs?",
                 "x @ A.T has r columns, and (x @ A.T) @ B.T has one for each output.",
             )
@@ -108,21 +142,20 @@ def mended_tutorial(candidate: Callable[..., Any], hint: int = 1) -> Report:
     def starts() -> None:
         layer, _, _ = build()
         x = normal(4, layer.linear.weight.shape[1])
-        if not close(layer(x), layer.linear(x)):
+        frozen_out = x @ layer.linear.weight.T
+        if not close(layer(x), frozen_out):
             raise Wrong(
-                f"the fresh layer is {off_by(layer(x), layer.linear(x)):.0%} away from its linear layer",
+                f"the fresh layer is {off_by(layer(x), frozen_out):.0%} away from its linear layer",
                 "Which values does nn.Linear give lora_b?",
                 "nn.init.zeros_(self.lora_b.weight)",
             )
 
-    def alive() -> None:
-        layer, _, _ = build()
-        if not layer.lora_a.weight.any():
-            raise Wrong(
-                "lora_a and lora_b are both zero: this layer can never learn",
-                "Which of the two must be zero for the product to be zero?",
-                "Leave lora_a as nn.Linear starts it.",
-            )
+    def size() -> None:
+        def fresh(linear: nn.Linear, r: int) -> tuple[Tensor, Tensor]:
+            layer = candidate(linear.in_features, linear.out_features, r, 8, 0.0)
+            return layer.lora_a.weight, layer.lora_b.weight
+
+        need_start(fresh, "lora_a", "lora_b")
 
     def frozen() -> None:
         layer, _, _ = build()
@@ -134,14 +167,30 @@ def mended_tutorial(candidate: Callable[..., Any], hint: int = 1) -> Report:
         layer, r, alpha = build()
         nn.init.normal_(layer.lora_b.weight)
         x = normal(4, layer.linear.weight.shape[1])
-        need_scale(layer(x) - layer.linear(x), x @ layer.lora_a.weight.T @ layer.lora_b.weight.T, alpha, r)
+        update = layer(x) - x @ layer.linear.weight.T
+        need_scale(update, x @ layer.lora_a.weight.T @ layer.lora_b.weight.T, alpha, r)
+
+    def dropped() -> None:
+        inputs, outputs, r, alpha = sizes()
+        layer = candidate(inputs, outputs, r, alpha, 0.5).double()
+        nn.init.normal_(layer.lora_b.weight)
+        x, a, b = one_at_a_time(inputs), layer.lora_a.weight, layer.lora_b.weight
+        whole = alpha / r * x @ a.T @ b.T
+        need_dropped_inputs(layer.train()(x) - x @ layer.linear.weight.T, whole)
+        if not close(layer.eval()(x) - x @ layer.linear.weight.T, whole):
+            raise Wrong(
+                "after layer.eval() something is still dropped",
+                "Who tells the dropout whether the layer is training?",
+                "Keep the tutorial's self.dropout = nn.Dropout(p=dropout).",
+            )
 
     steps: list[Step] = [
         ("can be built", constructed),
         ("starts at its linear layer", starts),
-        ("can learn", alive),
+        ("lora_a starts random, of the lesson's size, and lora_b at zero", size),
         ("only lora_a and lora_b train", frozen),
         ("the update is still scaled by alpha / rank", scale),
+        ("x is still dropped on its way into lora_a", dropped),
     ]
     return run_steps("mended tutorial", steps, hint)
 
@@ -156,6 +205,8 @@ def mended_shapes(candidate: Callable[[nn.Module, int], dict[str, Any]], hint: i
     def compare(*shapes: tuple[int, int]) -> None:
         adapted, rank = model(*shapes), random.randint(2, 4)
         branches = candidate(adapted, rank)
+        if not isinstance(branches, dict):
+            raise Wrong(f"you return a {type(branches).__name__}", "What comes back?", "Return {name: branch}.")
         linear = {name: module for name, module in adapted.named_modules() if isinstance(module, nn.Linear)}
         if left_out := [name for name in linear if name not in branches]:
             layer = linear[left_out[0]]
@@ -176,10 +227,24 @@ def mended_shapes(candidate: Callable[[nn.Module, int], dict[str, Any]], hint: i
                     "Branch(module.in_features, module.out_features, rank); weight.shape is (out, in).",
                 )
 
+    def untrained() -> None:
+        branch = candidate(model((12, 9)), 3)["0.layer_0"]
+        a, b = branch.A.weight, branch.B.weight
+        need_one_zero(a, b, "A", "B")
+        nn.init.normal_(b)
+        x = torch.randn(5, 12)
+        if not close(branch(x), x @ a.T @ b.T, rtol=1e-4, atol=1e-4):
+            raise Wrong("a branch does not give B(Ax)", "Which class has the exercise for a branch?", "Use its Branch.")
+        if frozen := sorted({"A.weight", "B.weight"} - {*trainable(branch)}):
+            raise Wrong(
+                f"{frozen[0]} of a branch does not train", "Who froze it?", "Leave a branch as Branch makes it."
+            )
+
     steps: list[Step] = [
         ("square layers", lambda: compare((8, 8), (6, 6))),
         ("layers that widen", lambda: compare((6, 11), (8, 8))),
         ("layers that narrow", lambda: compare((13, 5), (7, 12))),
+        ("each branch gives B(Ax), starts at zero and can learn", untrained),
     ]
     return run_steps("mended shapes", steps, hint)
 
@@ -221,20 +286,11 @@ def mended_note(candidate: Callable[[nn.Linear, int, float], Any], hint: int = 1
             )
 
     def size() -> None:
-        inputs = random.choice([600, 900])
-        a: Tensor = candidate(nn.Linear(inputs, 5), 64, 8).lora_A.detach()
-        if not a.any():
-            raise Wrong(
-                "lora_A is zero, and so is lora_B: a dead layer", "Which start did the lesson keep?", "A random."
-            )
-        right, got = 1 / math.sqrt(3 * inputs), a.std().item()
-        if not 0.8 < got / right < 1.25:
-            raise Wrong(
-                f"for {inputs} inputs the entries of your lora_A have the standard deviation {got:.3g}: "
-                f"{got / right:.2g} × that of the lesson's start",
-                "How large is A x if each entry of A has the standard deviation 1 and x has many entries?",
-                "nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5)) on a tensor of shape (rank, in).",
-            )
+        def fresh(linear: nn.Linear, r: int) -> tuple[Tensor, Tensor]:
+            layer = candidate(linear, r, 8)
+            return layer.lora_A, layer.lora_B
+
+        need_start(fresh)
 
     def scale() -> None:
         layer, linear, r, alpha = build()
@@ -245,7 +301,7 @@ def mended_note(candidate: Callable[[nn.Linear, int, float], Any], hint: int = 1
     steps: list[Step] = [
         ("starts at the layer it was given", pretrained),
         ("weight and bias frozen", frozen),
-        ("lora_A starts at the lesson's size", size),
+        ("lora_A starts random, of the lesson's size, and lora_B at zero", size),
         ("the update is still scaled by alpha / rank", scale),
     ]
     return run_steps("mended note", steps, hint)
@@ -254,9 +310,11 @@ def mended_note(candidate: Callable[[nn.Linear, int, float], Any], hint: int = 1
 def lora_layer(candidate: Callable[..., Any], hint: int = 1) -> Report:
     """Exercise B1: a class ``candidate(base, r, lora_alpha, lora_dropout)`` with ``lora_A`` and ``lora_B``."""
 
-    def build(dropout: float = 0.0, dtype: torch.dtype = torch.float64) -> tuple[Any, nn.Linear, int, float]:
+    def build(
+        dropout: float = 0.0, dtype: torch.dtype = torch.float64, bias: bool = True
+    ) -> tuple[Any, nn.Linear, int, float]:
         inputs, outputs, r, alpha = sizes()
-        base = nn.Linear(inputs, outputs, dtype=dtype)
+        base = nn.Linear(inputs, outputs, bias, dtype=dtype)
         return candidate(copy.deepcopy(base), r=r, lora_alpha=alpha, lora_dropout=dropout), base, r, alpha
 
     def shapes() -> None:
@@ -283,13 +341,13 @@ def lora_layer(candidate: Callable[..., Any], hint: int = 1) -> Report:
                     "Create it with base.weight.new_zeros(...), which takes over dtype and device.",
                 )
 
-    def starts() -> None:
-        layer, base, _, _ = build()
+    def starts(bias: bool = True) -> None:
+        layer, base, _, _ = build(bias=bias)
         x = normal(3, base.in_features)
         off = layer(x) - base(x)
         if close(off, torch.zeros_like(off)):
             return
-        if close(off, -base.bias.expand_as(off)):
+        if base.bias is not None and close(off, -base.bias.expand_as(off)):
             raise Wrong(
                 "your output lacks the base's bias",
                 "What does base(x) add that x @ W.T does not?",
@@ -307,20 +365,12 @@ def lora_layer(candidate: Callable[..., Any], hint: int = 1) -> Report:
             "Return self.base(x) plus the update, and leave the base's weight as it is.",
         )
 
-    def alive() -> None:
-        layer, _, r, _ = build()
-        if not layer.lora_A.any():
-            raise Wrong(
-                "lora_A starts at zero as well: this layer can never learn",
-                "∂L/∂A contains B, ∂L/∂B contains A. What are they when both are zero?",
-                "nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))",
-            )
-        if (rank := int(torch.linalg.matrix_rank(layer.lora_A.detach()))) < r:
-            raise Wrong(
-                f"with r={r} your lora_A has rank {rank}: its rows are not independent",
-                "What do rows that start alike get as their gradients?",
-                "nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))",
-            )
+    def size() -> None:
+        def fresh(linear: nn.Linear, r: int) -> tuple[Tensor, Tensor]:
+            layer = candidate(linear, r=r, lora_alpha=8, lora_dropout=0.0)
+            return layer.lora_A, layer.lora_B
+
+        need_start(fresh)
 
     def frozen() -> None:
         layer, _, _, _ = build()
@@ -381,8 +431,7 @@ def lora_layer(candidate: Callable[..., Any], hint: int = 1) -> Report:
     def placement() -> None:
         layer, base, r, alpha = build(dropout=0.5)
         layer.train()
-        b = layer.lora_B.detach().clone()
-        x = torch.eye(base.in_features).double().repeat(40, 1)  # one entry of x at a time is dropped or kept
+        x = one_at_a_time(base.in_features)
         if not close(layer(x), base(x)):
             raise Wrong(
                 "in training a fresh layer with dropout is not the base: the frozen path is dropped, too",
@@ -392,24 +441,7 @@ def lora_layer(candidate: Callable[..., Any], hint: int = 1) -> Report:
         a, b = randomise(layer)
         whole = alpha / r * x @ a.T @ b.T
         update = layer(x) - base(x)
-        if close(update, whole):
-            raise Wrong(
-                "with lora_dropout=0.5 nothing is dropped", "Is the layer in training mode here?", "Drop x before A."
-            )
-        row = (update * whole).sum(1) / (whole * whole).sum(1)  # 0 or 1 / (1 - p) if whole entries of x were dropped
-        if close(update, row[:, None] * whole) and all(min(abs(f), abs(f - 2)) < 1e-9 for f in row.tolist()):
-            return
-        if close(update, row[:, None] * whole) and all(min(abs(f), abs(f - 1)) < 1e-9 for f in row.tolist()):
-            symptom = "what is kept is not divided by 1 − p, so that the mean of the update shrinks"
-        elif close(update * (update - 2 * whole), torch.zeros_like(update)):
-            symptom = "entries of the update are dropped, after B"
-        else:
-            symptom = "dropout does not act on x: it comes after A"
-        raise Wrong(
-            symptom,
-            "Give it an x with one non-zero entry: which updates are possible if x is dropped, and which do you see?",
-            "return self.base(x) + scaling * (self.dropout(x) @ A.T @ B.T) with nn.Dropout",
-        )
+        need_dropped_inputs(update, whole)
 
     def oracle(reference: Callable[..., tuple[nn.Module, Tensor, Tensor]], name: str) -> Callable[[], None]:
         def step() -> None:
@@ -436,11 +468,12 @@ def lora_layer(candidate: Callable[..., Any], hint: int = 1) -> Report:
     steps: list[Step] = [
         ("lora_A is (r, in), lora_B is (out, r), in the base's precision", shapes),
         ("starts at the base model", starts),
-        ("can learn: lora_A does not start at zero", alive),
+        ("lora_A starts random, of the lesson's size, and lora_B at zero", size),
         ("base weight and bias frozen, A and B trainable", frozen),
         ("the update is scaled by lora_alpha / r", scale),
         ("keeps the precision of the base", precision),
         ("gradients of A, B and x", gradients),
+        ("also around a layer without a bias", lambda: starts(bias=False)),
         ("no dropout in eval", evaluation),
         ("dropout on x, before A", placement),
         ("equal to lora_edu's layer after five steps", oracle(library_layer, "lora_edu")),
@@ -460,6 +493,12 @@ def peft_layer(base: nn.Linear, r: int, alpha: float) -> tuple[nn.Module, Tensor
     return model, layer.lora_A["default"].weight, layer.lora_B["default"].weight
 
 
+@without(
+    "torch.autograd.grad", "torch.autograd.backward", "torch.autograd.functional", "torch._functorch",
+    symptom="you let autograd differentiate; this exercise wants matrix products only",
+    question="Which of the matrices g, x, W, A and B does each gradient contain, and in which order?",
+    fix="With G = gᵀ x of shape (out, in): dA = s Bᵀ G, dB = s G Aᵀ, dx = g (W + s B A).",
+)  # fmt: skip
 def lora_gradients(candidate: Callable[..., Sequence[Tensor]], hint: int = 1) -> Report:
     """Exercise B2: ``candidate(g, x, W, A, B, s)`` is (∂L/∂A, ∂L/∂B, ∂L/∂x) for g = ∂L/∂y, without autograd."""
 
@@ -471,20 +510,18 @@ def lora_gradients(candidate: Callable[..., Sequence[Tensor]], hint: int = 1) ->
         y = x @ t["W"].T + alpha / r * (x @ a.T @ b.T)
         right = torch.autograd.grad(y, (a, b, x), t["g"])
         with torch.no_grad():
-            return (
-                candidate(t["g"], t["x"], t["W"], t["A"], t["B"], alpha / r),
-                right,
-                t | {"s": torch.tensor(alpha / r, dtype=torch.float64)},
-            )
+            got = candidate(*(t[name].clone() for name in "gxWAB"), alpha / r)
+        if not is_several(got, 3):
+            seen = f"{len(got)} tensors" if isinstance(got, tuple | list) else f"a {type(got).__name__}"
+            raise Wrong(f"you return {seen}, not 3 tensors", "Which gradients are asked for?", "return dA, dB, dx")
+        return got, right, t | {"s": torch.tensor(alpha / r, dtype=torch.float64)}
 
     def shapes() -> None:
         got, right, _ = gradients(4)
-        if len(got) != 3:
-            raise Wrong(f"you return {len(got)} tensors, not 3", "Which gradients are asked for?", "return dA, dB, dx")
         for name, ours, other in zip("ABx", got, right, strict=True):
-            if ours.shape != other.shape:
+            if not is_tensor(ours, other.shape):
                 raise Wrong(
-                    f"your gradient of {name} has the shape {tuple(ours.shape)}, {name} has {tuple(other.shape)}",
+                    f"your gradient of {name} is {shape_or_type(ours)}, {name} is {tuple(other.shape)}",
                     "A gradient has the shape of what it belongs to. Are the three in the order A, B, x?",
                     "With G = gᵀ x of shape (out, in): dA = s Bᵀ G, dB = s G Aᵀ, dx = g (W + s B A).",
                 )
@@ -514,60 +551,106 @@ def lora_gradients(candidate: Callable[..., Sequence[Tensor]], hint: int = 1) ->
     return run_steps("gradients by hand", steps, hint)
 
 
+def last_tolerated(results: Mapping[float, Sequence[float]], limit: float) -> float | None:
+    """The largest rate up to which every rate ends all its runs at or below the limit."""
+    largest = None
+    for rate in sorted(results):
+        if not all(loss <= limit for loss in results[rate]):
+            break
+        largest = rate
+    return largest
+
+
+def drawn_results(limit: float) -> dict[float, list[float]]:
+    """Losses of some rates in any order; the larger ones are likelier to fail, and some losses equal the limit."""
+    rates, draws = (
+        random.sample([0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1], random.randint(2, 6)),
+        random.randint(1, 4),
+    )
+    fails = random.uniform(0, 0.4)
+    results = {}
+    for rate in rates:
+        losses = [random.choice([limit, limit * random.uniform(0.2, 0.99)]) for _ in range(draws)]
+        if random.random() < fails:
+            losses[random.randrange(draws)] = random.choice([limit * random.uniform(1.01, 3), math.nan, math.inf])
+        results[rate] = losses
+    return results
+
+
 def tolerated_rate(
     candidate: Callable[[Mapping[float, Sequence[float]], float], float | None], hint: int = 1
 ) -> Report:
     """Exercise C1: the largest rate up to which every rate ends all its runs at or below ``limit``, or None."""
     nan = math.nan
 
-    def expect(results: Mapping[float, Sequence[float]], right: float | None, question: str, fix: str) -> None:
-        got = candidate(dict(results), 1.0)
-        if got != right:
-            raise Wrong(f"for {dict(results)} and limit=1.0 you return {got}, not {right}", question, fix)
+    def expect(results: Mapping[float, Sequence[float]], limit: float, question: str, fix: str) -> None:
+        got = candidate({rate: list(losses) for rate, losses in results.items()}, limit)
+        if got != (right := last_tolerated(results, limit)):
+            raise Wrong(f"for {dict(results)} and limit={limit} you return {got}, not {right}", question, fix)
 
-    one = random.choice([0.01, 0.02])
+    def ask(losses: Mapping[int, Sequence[float]], question: str, fix: str) -> None:
+        """``losses`` holds multiples of the smallest rate, and losses for a limit of 1."""
+        one, limit = random.choice([0.01, 0.02]), random.choice([0.5, 1.5, 2.0])
+        results = {k * one: [round(limit * loss, 4) for loss in each] for k, each in losses.items()}
+        expect(results, limit, question, fix)
 
     def plain() -> None:
-        expect(
-            {one: [0.5, 0.6], 2 * one: [0.4, 0.9], 4 * one: [3.0, 2.5]}, 2 * one,
+        ask(
+            {1: [0.5, 0.6], 2: [0.4, 0.9], 4: [3.0, 2.5]},
             "Which rates end all their runs at or below the limit?", "all(loss <= limit for loss in losses)",
         )  # fmt: skip
 
+    def equal() -> None:
+        ask(
+            {1: [0.5, 0.6], 2: [1.0, 0.9], 4: [1.5, 1.25]},
+            "A run ends exactly at the limit. What does the task say about it?", "At or below: loss <= limit.",
+        )  # fmt: skip
+
     def every_draw() -> None:
-        expect(
-            {one: [0.5, 0.6, 0.7], 2 * one: [0.4, 0.5, 1.9]}, one,
+        ask(
+            {1: [0.5, 0.6, 0.7], 2: [0.4, 0.5, 1.9]},
             "One draw of three fails at the larger rate. Is that tolerated?", "Ask all draws, not the median.",
         )  # fmt: skip
 
     def diverged() -> None:
-        expect(
-            {one: [0.5, 0.6], 2 * one: [0.4, nan]}, one,
-            "What does a comparison with NaN give?", "loss <= limit is False for NaN; max() and sorted() are not safe.",
-        )  # fmt: skip
+        fix = "loss <= limit is False for NaN; max() and sorted() are not safe."
+        ask({1: [0.5, 0.6], 2: [0.4, nan]}, "What does a comparison with NaN give?", fix)
+        ask({1: [0.5, 0.6], 2: [nan, 0.4]}, "What does a comparison with NaN give?", fix)
 
     def gap() -> None:
-        expect(
-            {one: [0.5, 0.6], 2 * one: [2.0, 0.6], 4 * one: [0.9, 0.8]}, one,
+        ask(
+            {1: [0.5, 0.6], 2: [2.0, 0.6], 4: [0.9, 0.8]},
             "A rate fails and a larger one gets through. Up to where may you raise the rate?",
             "Walk up from the smallest rate, and stop at the first failure.",
         )  # fmt: skip
 
     def order() -> None:
-        expect(
-            {4 * one: [0.4, 0.3], one: [0.5, 0.6], 2 * one: [0.6, 0.7]}, 4 * one,
+        ask(
+            {4: [0.4, 0.3], 1: [0.5, 0.6], 2: [0.6, 0.7]},
             "In which order do you meet the rates?", "for rate in sorted(results)",
         )  # fmt: skip
 
     def none() -> None:
-        expect({one: [2.0, 0.5], 2 * one: [0.6, 0.7]}, None, "What if the smallest rate fails?", "Return None.")
+        ask({1: [2.0, 0.5], 2: [0.6, 0.7]}, "What if the smallest rate fails?", "Return None.")
+
+    def drawn() -> None:
+        for _ in range(40):
+            limit = random.choice([0.5, 1.5, 2.0])
+            expect(
+                drawn_results(limit), limit,
+                "Which of the points above does this table test?",
+                "Walk up the sorted rates while all losses are at or below the limit, and keep the last one.",
+            )  # fmt: skip
 
     steps = [
         ("the largest rate at which the runs end below the limit", plain),
         ("every draw counts", every_draw),
+        ("a run that ends at the limit is tolerated", equal),
         ("NaN is a failure", diverged),
         ("nothing beyond the first failure", gap),
         ("in any order", order),
         ("None if no rate is tolerated", none),
+        ("40 drawn tables", drawn),
     ]
     return run_steps("tolerated rate", steps, hint)
 

@@ -17,48 +17,56 @@ from lora_edu.core.config import LoraConfig
 from lora_edu.core.inject import count_parameters, inject
 from lora_edu.core.layer import LoRALinear
 from lora_edu.core.peft_io import PREFIX, WEIGHTS_FILE, save_adapter
+from lora_edu.course.checks.candidates import without
 from lora_edu.course.checks.report import Report, Wrong, run_steps
 from lora_edu.course.checks.tools import changed, close, randomise, small_llama, temporary_folder, trainable, values_of
 
 TARGETS = ["q_proj", "down_proj"]
 
 
+@without(
+    "lora_edu.core.matching", "peft",
+    symptom="you call {name}, which holds the rule that you are asked to write",
+    question="From which side is a name read, and where may a target begin?",
+    fix='any(name == target or name.endswith("." + target) for target in targets)',
+)  # fmt: skip
 def name_matching(candidate: Callable[[str, Sequence[str]], bool], hint: int = 1) -> Report:
     """``candidate(name, targets)``: is this module meant by a list of targets? *Your turn* in lesson 04."""
 
     def expect(cases: Iterable[tuple[str, list[str]]], right: bool, question: str, fix: str) -> None:
+        i = random.randint(0, 9)  # stands in the names as {i}
         for name, targets in cases:
-            got = candidate(name, targets)
+            name, targets = name.format(i=i), [target.format(i=i) for target in targets]
+            got = candidate(name, list(targets))
             if bool(got) is not right:
                 said = "means" if right else "does not mean"
                 raise Wrong(f"{targets} {said} {name!r}, and you return {got!r}", question, fix)
 
-    i = random.randint(0, 9)
     whole = 'Compare whole segments: name == target or name.endswith("." + target).'
 
     def endings() -> None:
-        cases = [(f"model.layers.{i}.self_attn.q_proj", ["q_proj"]), (f"model.layers.{i}.mlp.up_proj", ["up_proj"])]
+        cases = [("model.layers.{i}.self_attn.q_proj", ["q_proj"]), ("model.layers.{i}.mlp.up_proj", ["up_proj"])]
         expect(cases, True, "From which side is a name read?", whole)
 
     def several_segments() -> None:
         expect(
-            [(f"model.layers.{i}.self_attn.q_proj", ["self_attn.q_proj"]), (f"layers.{i}.fc", [f"{i}.fc"])],
+            [("model.layers.{i}.self_attn.q_proj", ["self_attn.q_proj"]), ("layers.{i}.fc", ["{i}.fc"])],
             True,
             "A target may itself hold dots. Do you compare it with one segment only?",
             whole,
         )
 
     def top_level() -> None:
-        cases = [("q_proj", ["q_proj"]), ("lm_head", ["lm_head"]), (f"layers.{i}.fc", [f"layers.{i}.fc"])]
+        cases = [("q_proj", ["q_proj"]), ("lm_head", ["lm_head"]), ("layers.{i}.fc", ["layers.{i}.fc"])]
         expect(cases, True, "What stands before a name that is given in full? A dot?", whole)
 
     def parts_of_words() -> None:
-        cases = [(f"layers.{i}.eq_proj", ["q_proj"]), (f"layers.{i}.post_attention_layernorm", ["attention"])]
-        cases += [(f"layers.{i}.q_proj_norm", ["q_proj"]), (f"layers.1{i}.fc", [f"{i}.fc"])]
+        cases = [("layers.{i}.eq_proj", ["q_proj"]), ("layers.{i}.post_attention_layernorm", ["attention"])]
+        cases += [("layers.{i}.q_proj_norm", ["q_proj"]), ("layers.1{i}.fc", ["{i}.fc"])]
         expect(cases, False, "May a target begin or end in the middle of a segment?", whole)
 
     def children() -> None:
-        cases = [(f"layers.{i}.self_attn.q_proj.base", ["q_proj"]), (f"layers.{i}.self_attn.q_proj", ["self_attn"])]
+        cases = [("layers.{i}.self_attn.q_proj.base", ["q_proj"]), ("layers.{i}.self_attn.q_proj", ["self_attn"])]
         expect(
             cases,
             False,
@@ -68,11 +76,11 @@ def name_matching(candidate: Callable[[str, Sequence[str]], bool], hint: int = 1
 
     def any_of_them() -> None:
         targets = ["v_proj", "q_proj", "down_proj"]
-        expect([(f"layers.{i}.{target}", targets) for target in targets], True, "One fit is enough.", "Use any(…).")
-        expect([(f"layers.{i}.k_proj", targets)], False, "None of the targets is k_proj.", "Use any(…).")
+        expect([(f"layers.{{i}}.{target}", targets) for target in targets], True, "One fit is enough.", "Use any(…).")
+        expect([("layers.{i}.k_proj", targets)], False, "None of the targets is k_proj.", "Use any(…).")
 
     def no_pattern() -> None:
-        cases = [(f"layers.{i}.q_proj", ["q.proj"]), (f"layers.{i}.q_proj", [".*"])]
+        cases = [("layers.{i}.q_proj", ["q.proj"]), ("layers.{i}.q_proj", [".*"])]
         expect(cases, False, "Is an entry of a list a regular expression?", "Compare text, not patterns. " + whole)
 
     def oracle() -> None:
@@ -126,7 +134,7 @@ def draw_model() -> nn.Module:
 
 def adapted(model: nn.Module) -> list[str]:
     """Names of the LoRA layers in a model."""
-    return [name for name, module in model.named_modules() if isinstance(module, LoRALinear)]
+    return [name for name, module in model.named_modules() if type(module) is LoRALinear]
 
 
 def some(names: Sequence[str]) -> str:
@@ -134,6 +142,12 @@ def some(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
+@without(
+    "lora_edu.core.inject", "peft",
+    symptom="you call {name}: the library injects, not your function",
+    question="What has to happen to one layer, and to the parameters of all others?",
+    fix="setattr(parent, attribute, LoRALinear(layer, r, lora_alpha)) for each match; then freeze by owner.",
+)  # fmt: skip
 def hand_injection(candidate: Callable[..., Any], hint: int = 1) -> Report:
     """``candidate(model, targets, r, lora_alpha)`` injects LoRA by hand. Exercise B1 of lesson 04."""
     targets = ["q_proj", "up_proj"]
@@ -315,6 +329,12 @@ def right_tensors(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
+@without(
+    "lora_edu.core.peft_io", "peft",
+    symptom="you call {name}: the library handles the file, not your functions",
+    question="Which tensors make up the adapter, and under which keys does PEFT look for them?",
+    fix="Build {key: parameter} from the model's LoRALinear layers; save_file writes it, load_file reads it.",
+)  # fmt: skip
 def save_and_load(save: Callable[[Any, Path], Any], load: Callable[[Any, Path], Any], hint: int = 1) -> Report:
     """``save(model, file)`` and ``load(model, file)`` for an adapter alone. Exercise B2 of lesson 04."""
 
@@ -403,14 +423,21 @@ def save_and_load(save: Callable[[Any, Path], Any], load: Callable[[Any, Path], 
                 load(fresh, file)
             except NotImplementedError:
                 raise
-            except Exception:
-                if not changed(fresh, before):
-                    return
-                raise Wrong(
-                    f"a file {what} is refused, but by then half of it had been loaded",
-                    "When do you check, and when do you copy?",
-                    "Check every key and shape first, then copy.",
-                ) from None
+            except Exception as error:
+                if changed(fresh, before):
+                    raise Wrong(
+                        f"a file {what} is refused, but by then half of it had been loaded",
+                        "When do you check, and when do you copy?",
+                        "Check every key and shape first, then copy.",
+                    ) from None
+                if not isinstance(error, ValueError):
+                    raise Wrong(
+                        f"a file {what} raises {type(error).__name__}: {str(error).splitlines()[0]:.80}; "
+                        "expected ValueError",
+                        "Do you compare keys and shapes yourself, before PyTorch or a dictionary stumbles over them?",
+                        fix,
+                    ) from None
+                return
             raise Wrong(f"a file {what} is loaded without a word", question, fix)
 
         return in_folder(step)
@@ -465,38 +492,56 @@ def save_and_load(save: Callable[[Any, Path], Any], load: Callable[[Any, Path], 
     return run_steps("save and load", steps, hint)
 
 
+def verdict_of(a: Sequence[float], b: Sequence[float]) -> str:
+    """The right verdict over the losses of some seeds."""
+    if min(len(a), len(b)) < 2:
+        return "not evidence"
+    return "a" if max(a) < min(b) else "b" if max(b) < min(a) else "not evidence"
+
+
 def seed_verdict(candidate: Callable[[Sequence[float], Sequence[float]], str], hint: int = 1) -> Report:
     """``candidate(a, b)``: "a", "b" or "not evidence", from the losses of several seeds. Exercise C1 of lesson 04."""
 
-    def expect(a: list[float], b: list[float], right: str, question: str, fix: str) -> None:
-        got = candidate(a, b)
-        if got != right:
+    def expect(a: list[float], b: list[float], question: str, fix: str) -> None:
+        got = candidate(list(a), list(b))
+        if got != (right := verdict_of(a, b)):
             raise Wrong(f"for {a} against {b} you return {got!r}, expected {right!r}", question, fix)
 
     ranges = "a wins if max(a) < min(b), b wins if max(b) < min(a); everything else is not evidence."
 
     def apart() -> None:
         low = round(random.uniform(4, 4.2), 2)
-        a, b = [low + 0.02, low, low + 0.01], [low + 0.3, low + 0.32, low + 0.31]
-        expect(a, b, "a", "Which loss is the better one?", "The lower loss wins. " + ranges)
-        expect(b, a, "b", "Does your rule also hold with the two exchanged?", ranges)
+        a = [round(low + more, 2) for more in (0.02, 0, 0.01)]
+        b = [round(low + more, 2) for more in (0.3, 0.32, 0.31)]
+        fix = "The lower loss wins. " + ranges
+        expect(a, b, "Which loss is the better one?", fix)
+        expect(b, a, "Does your rule also hold with the two exchanged?", fix)
 
     def overlap() -> None:
         question = "Does every seed of one beat every seed of the other?"
-        expect([4.20, 4.26, 4.22], [4.25, 4.31, 4.29], "not evidence", question, ranges)
-        expect([4.31, 4.25, 4.29], [4.26, 4.20, 4.22], "not evidence", question, ranges)
+        expect([4.20, 4.26, 4.22], [4.25, 4.31, 4.29], question, ranges)
+        expect([4.31, 4.25, 4.29], [4.26, 4.20, 4.22], question, ranges)
 
     def inside() -> None:
         question = "One range lies inside the other. Does a lower mean settle it?"
-        expect([4.10, 4.50, 4.11], [4.30, 4.31, 4.32], "not evidence", question, ranges)
+        expect([4.10, 4.50, 4.11], [4.30, 4.31, 4.32], question, ranges)
+        expect([4.30, 4.31, 4.32], [4.10, 4.50, 4.11], question, ranges)
 
     def touching() -> None:
-        expect([4.2, 4.3], [4.3, 4.4], "not evidence", "Two seeds have the same loss. Who won there?", ranges)
+        question = "Two seeds have the same loss. Who won there?"
+        expect([4.2, 4.3], [4.3, 4.4], question, ranges)
+        expect([4.3, 4.4], [4.2, 4.3], question, ranges)
 
     def lonely() -> None:
-        expect(
-            [4.2], [4.9], "not evidence", "How large is the spread of one seed?", "One seed has no spread: " + ranges
-        )
+        for a, b in (([4.2], [4.9]), ([4.9], [4.2]), ([4.2], [4.9, 4.8]), ([4.9, 4.8], [4.2])):
+            expect(a, b, "How large is the spread of one seed?", "One seed has no spread: " + ranges)
+
+    def drawn() -> None:
+        for _ in range(40):
+            gap = random.choice([-0.1, -0.05, 0, 0.05, 0.1])
+            a = [round(random.uniform(4.2, 4.25), 2) for _ in range(random.randint(1, 5))]
+            b = [round(random.uniform(4.2, 4.25) + gap, 2) for _ in range(random.randint(1, 5))]
+            expect(a, b, "Which of the points above do these losses test?", ranges)
 
     steps = [
         ("ranges that lie apart decide", apart),
@@ -504,6 +549,7 @@ def seed_verdict(candidate: Callable[[Sequence[float], Sequence[float]], str], h
         ("a lower mean alone does not", inside),
         ("ranges that touch do not", touching),
         ("a single seed does not", lonely),
+        ("40 drawn pairs", drawn),
     ]
     return run_steps("verdict over seeds", steps, hint)
 

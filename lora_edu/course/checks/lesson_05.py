@@ -4,6 +4,7 @@ import random
 import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -15,15 +16,38 @@ from lora_edu.core.matching import is_target
 from lora_edu.core.peft_io import WEIGHTS_FILE
 from lora_edu.counting import count_parameters, lora_parameters
 from lora_edu.counting.meta import meta_model
+from lora_edu.course.checks.candidates import without
 from lora_edu.course.checks.report import Report, Wrong, run_steps
-from lora_edu.course.checks.tools import close_number, dtype_name, is_whole, known_slip, need_refusal, temporary_folder
+from lora_edu.course.checks.tools import (
+    close_number,
+    dtype_name,
+    is_number,
+    is_whole,
+    known_slip,
+    need_refusal,
+    need_several,
+    temporary_folder,
+)
 
 
+def need_count(value: Any) -> int:
+    """The learner's number, if it is a whole one."""
+    if not is_whole(value):
+        raise Wrong(f"you count {value!r}", "Can there be half a parameter?", "Count with whole numbers: an int.")
+    return value
+
+
+@without(
+    "lora_edu.counting", "peft",
+    symptom="you call {name}, which counts for you",
+    question="Which shapes have A and B, and how many entries has each?",
+    fix="A is (r, in_features) and B is (out_features, r): return r * (in_features + out_features).",
+)  # fmt: skip
 def lora_count(candidate: Callable[[int, int, int], int], hint: int = 1) -> Report:
     """Exercise A1: ``candidate(in_features, out_features, r)`` is the number of LoRA parameters of one layer."""
 
     def compare(inputs: int, outputs: int, r: int) -> None:
-        got, right = candidate(inputs, outputs, r), r * (inputs + outputs)
+        got, right = need_count(candidate(inputs, outputs, r)), r * (inputs + outputs)
         if got == right:
             return
         slips = {
@@ -58,7 +82,7 @@ def lora_count(candidate: Callable[[int, int, int], int], hint: int = 1) -> Repo
     def library() -> None:
         inputs, outputs, r = random.randint(40, 99), random.randint(20, 39), random.randint(2, 9)
         trainable, _ = count_parameters(LoRALinear(nn.Linear(inputs, outputs), r=r))
-        if candidate(inputs, outputs, r) != trainable:
+        if trainable == r * (inputs + outputs):
             compare(inputs, outputs, r)
 
     steps = [
@@ -73,8 +97,15 @@ def peft_numbers(candidate: Callable[[int, int, int], tuple[int, int, float]], h
     """Exercise A2: ``candidate(lora, base, head)`` is PEFT's (trainable, all, percent); ``base`` has the head once."""
     rule = "trainable = lora + head, all = base + lora + head (the head's copy), percent = 100 * trainable / all."
 
+    def asked(lora: int, base: int, head: int) -> tuple[int, int, float]:
+        question = "Which three numbers does PEFT report?"
+        trainable, total, percent = need_several(candidate(lora, base, head), 3, "three numbers", question, rule)
+        if not is_number(percent):
+            raise Wrong(f"your percentage is {percent!r}", "Is it a number?", rule)
+        return need_count(trainable), need_count(total), percent
+
     def compare(lora: int, base: int, head: int) -> None:
-        trainable, total, percent = candidate(lora, base, head)
+        trainable, total, percent = asked(lora, base, head)
         where = f"with lora={lora:,}, base={base:,}, head={head:,}"
         if trainable != lora + head:
             note = "the head trains, too" if head and trainable == lora else f"{lora + head:,} train"
@@ -113,7 +144,7 @@ def peft_numbers(candidate: Callable[[int, int, int], tuple[int, int, float]], h
             adapted = peft.get_peft_model(
                 model, peft.LoraConfig(r=r, target_modules=["query", "value"], task_type="SEQ_CLS")
             )
-        if candidate(lora, base, head)[:2] != adapted.get_nb_trainable_parameters():
+        if asked(lora, base, head)[:2] != adapted.get_nb_trainable_parameters():
             compare(lora, base, head)
 
     steps = [
@@ -124,6 +155,12 @@ def peft_numbers(candidate: Callable[[int, int, int], tuple[int, int, float]], h
     return run_steps("PEFT's numbers", steps, hint)
 
 
+@without(
+    "lora_edu.counting", "peft",
+    symptom="you call {name}, which counts for you",
+    question="Which layers match, and what does each of them add?",
+    fix="Walk model.named_modules(), and add r * sum(module.weight.shape) for each match.",
+)  # fmt: skip
 def count_targets(candidate: Callable[[nn.Module, int, list[str]], int], hint: int = 1) -> Report:
     """Exercise B1: ``candidate(model, r, targets)`` counts LoRA's parameters over a model's layers by name endings."""
 
@@ -151,7 +188,7 @@ def count_targets(candidate: Callable[[nn.Module, int, list[str]], int], hint: i
 
     def compare(model: nn.Module, targets: list[str], question: str, fix: str) -> None:
         r = random.randint(2, 9)
-        got, right = candidate(model, r, targets), lora_parameters(model, r, targets)
+        got, right = need_count(candidate(model, r, list(targets))), lora_parameters(model, r, targets)
         if got == right:
             return
         seen = f"{targets} of a {type(model).__name__}, r={r}: you count {got:,}, not {right:,}"
@@ -250,31 +287,40 @@ def count_targets(candidate: Callable[[nn.Module, int, list[str]], int], hint: i
     return run_steps("count of a model", steps, hint)
 
 
+@without(
+    "safetensors.torch", "safetensors.numpy", "safe_open", "deserialize",
+    symptom="you call {name} of the safetensors library; this exercise reads the bytes itself",
+    question="What do the first 8 bytes say, and what follows them?",
+    fix="data = path.read_bytes(); length = int.from_bytes(data[:8], 'little'); json.loads(data[8 : 8 + length]).",
+)  # fmt: skip
 def adapter_file(candidate: Callable[[Path], Mapping[str, int]], hint: int = 1) -> Report:
     """Exercise B2: ``candidate(path)`` reads a safetensors file's own header: parameters, header and tensor bytes."""
     fields = ("parameters", "header_bytes", "tensor_bytes")
 
-    def compare(dtypes: list[torch.dtype], metadata: dict[str, str] | None) -> None:
+    def compare(dtypes: list[torch.dtype], metadata: dict[str, str] | None, **more: tuple[int, ...]) -> None:
         r, shapes = random.randint(2, 7), [(random.randint(8, 40), random.randint(8, 40)) for _ in dtypes]
         tensors = {}
         for i, (dtype, (inputs, outputs)) in enumerate(zip(dtypes, shapes, strict=True)):
             tensors[f"layers.{i}.lora_A.weight"] = torch.zeros(r, inputs, dtype=dtype)
             tensors[f"layers.{i}.lora_B.weight"] = torch.zeros(outputs, r, dtype=dtype)
+            for name, shape in more.items():
+                tensors[f"layers.{i}.{name}"] = torch.zeros(shape, dtype=dtype)
         with temporary_folder() as folder:
             path = folder / WEIGHTS_FILE
             save_file(tensors, path, metadata=metadata)
             size = path.stat().st_size
             length = struct.unpack("<Q", path.read_bytes()[:8])[0]
             got = candidate(path)
-        missing = [name for name in fields if name not in got]
-        if missing:
+        if not isinstance(got, dict):
+            raise Wrong(f"you return a {type(got).__name__}", "Which keys does the task name?", f"Use {fields}.")
+        if missing := [name for name in fields if name not in got]:
             raise Wrong(f"your result has no entry {missing[0]!r}", "Which keys does the task name?", f"Use {fields}.")
         numbers = sum(tensor.numel() for tensor in tensors.values())
         stored = sum(tensor.nbytes for tensor in tensors.values())
         right = {"parameters": numbers, "header_bytes": size - stored, "tensor_bytes": stored}
         types = " and ".join(sorted({dtype_name(tensor) for tensor in tensors.values()}))
         for name in ("header_bytes", "tensor_bytes", "parameters"):
-            if got[name] != right[name]:
+            if need_count(got[name]) != right[name]:
                 note = ""
                 if name == "header_bytes" and got[name] == length:
                     note = ": the 8 bytes that hold the length are missing"
@@ -301,10 +347,15 @@ def adapter_file(candidate: Callable[[Path], Mapping[str, int]], hint: int = 1) 
         compare([torch.bfloat16] * 3, {"format": "pt"})
         compare([torch.float32, torch.bfloat16, torch.float16], {"format": "pt"})
 
+    def other_shapes() -> None:
+        numbers, kernel = random.randint(5, 30), (random.randint(2, 9), 3, 2)
+        compare([torch.float32, torch.bfloat16], None, magnitude=(numbers,), alpha=(), kernel=kernel)
+
     steps = [
         ("a float32 file", single),
         ("a file with a metadata entry, as PEFT writes it", metadata),
         ("16-bit numbers and mixed types", mixed),
+        ("tensors that are no matrices: vectors, single numbers, kernels", other_shapes),
     ]
     return run_steps("adapter file", steps, hint)
 
@@ -314,6 +365,10 @@ def matched_ranks(candidate: Callable[[dict[str, int], int], Mapping[str, int]],
 
     def compare(per_rank: dict[str, int], budget: int) -> None:
         got = candidate(dict(per_rank), budget)
+        if not isinstance(got, dict) or got.keys() != per_rank.keys():
+            seen = f"ranks for {', '.join(map(str, got))}" if isinstance(got, dict) else f"a {type(got).__name__}"
+            names = ", ".join(per_rank)
+            raise Wrong(f"you return {seen}; expected {names}", "Who asks for a rank?", "Return {name: rank}.")
         for name, each in per_rank.items():
             rank = got[name]
             if not is_whole(rank):

@@ -1,5 +1,6 @@
 """The checks of lesson 06: bytes of a recipe (A1), operations (A2), what is kept (B1), a batch (B2), ratios (C1)."""
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from statistics import mean, median, quantiles
@@ -12,10 +13,17 @@ from lora_edu.counting.flops import step_flops
 from lora_edu.counting.measure import saved_bytes
 from lora_edu.counting.memory import find_recipe, training_memory
 from lora_edu.counting.meta import meta_model
+from lora_edu.course.checks.candidates import without
 from lora_edu.course.checks.report import Report, Wrong, run_steps
 from lora_edu.course.checks.tools import close_number, known_slip, need_several
 
 
+@without(
+    "lora_edu.counting",
+    symptom="you call {name}, which adds up for you",
+    question="Which tensors exist for a number that trains, and which for one that does not?",
+    fix="Return frozen * frozen_bytes + trained * (weight + gradient + 2 * moment + master).",
+)
 def state_bytes(candidate: Callable[..., float], hint: int = 1) -> Report:
     """Exercise A1: ``candidate(frozen, trained, frozen_bytes, weight, gradient, moment, master=0)`` in bytes."""
     rule = "frozen * frozen_bytes + trained * (weight + gradient + 2 * moment + master)"
@@ -73,6 +81,12 @@ def state_bytes(candidate: Callable[..., float], hint: int = 1) -> Report:
     return run_steps("bytes of a recipe", steps, hint)
 
 
+@without(
+    "lora_edu.counting",
+    symptom="you call {name}, which counts for you",
+    question="Which products does a weight take part in: forward, gradient of its input, its own gradient?",
+    fix="Return tokens * (frozen * (4 + again) + trained * (6 + again)), again = 2 with checkpointing and 0 without.",
+)
 def step_operations(candidate: Callable[..., int], hint: int = 1) -> Report:
     """Exercise A2: ``candidate(frozen, trained, tokens, checkpointing=False)`` operations of a training step."""
     rule = "tokens * (frozen * (4 + again) + trained * (6 + again)), again = 2 with checkpointing and 0 without."
@@ -140,6 +154,12 @@ def step_operations(candidate: Callable[..., int], hint: int = 1) -> Report:
     return run_steps("operations of a step", steps, hint)
 
 
+@without(
+    "lora_edu.counting",
+    symptom="you call {name}, which asks autograd for you",
+    question="Which tensors reach pack, what memory lies behind each, and which of it is the model's own?",
+    fix="Use torch.autograd.graph.saved_tensors_hooks(pack, unpack) around forward().",
+)
 def kept_bytes(candidate: Callable[[nn.Module, Callable[[], Tensor]], int], hint: int = 1) -> Report:
     """Exercise B1: ``candidate(model, forward)`` is the bytes that autograd keeps, without the parameters."""
 
@@ -309,21 +329,29 @@ def paired_ratio(
 ) -> Report:
     """Exercise C1: ``candidate(a, b)`` is the median and the quartiles of the ratios a[i] / b[i]."""
 
+    def wrong_middles(a: list[float], b: list[float]) -> dict[float, str]:
+        """What usual mistakes would give in place of the median."""
+        ratios = [x / y for x, y in zip(a, b, strict=True)]
+        return {
+            median(a) / median(b): "this is the ratio of the two medians: the rounds are no longer paired",
+            mean(a) / mean(b): "this is the ratio of the two means: one disturbed round moves it",
+            mean(ratios): "this is the mean of the ratios: one disturbed round moves it",
+            1 / median(ratios): "this is b over a",
+            min(a) / min(b): "this is the ratio of the two fastest times: they come from different rounds",
+        }
+
     def compare(a: list[float], b: list[float]) -> None:
-        got = candidate(a, b)
-        need_several(
-            got, 3, "three numbers", "What are the median and the two quartiles?", "Return (median, low, high)."
+        got = need_several(
+            candidate(list(a), list(b)),
+            3,
+            "three numbers",
+            "What are the median and the two quartiles?",
+            "Return (median, low, high).",
         )
         ratios = [x / y for x, y in zip(a, b, strict=True)]
         low, middle, high = quantiles(ratios, n=4, method="inclusive")
         if not close_number(got[0], middle):
-            slips = {
-                median(a) / median(b): "this is the ratio of the two medians: the rounds are no longer paired",
-                mean(a) / mean(b): "this is the ratio of the two means: one disturbed round moves it",
-                mean(ratios): "this is the mean of the ratios: one disturbed round moves it",
-                1 / middle: "this is b over a",
-                min(a) / min(b): "this is the ratio of the two fastest times: they come from different rounds",
-            }
+            slips = wrong_middles(a, b)
             note = known_slip(got[0], slips.items(), otherwise="not the median of a[i]/b[i]")
             raise Wrong(
                 f"your first number is {got[0]:.4f} instead of {middle:.4f}: {note}",
@@ -346,8 +374,11 @@ def paired_ratio(
         return [random.uniform(1.0, 3.0) for _ in range(rounds)]
 
     def slow_rounds() -> None:
-        disturbed, ratios = noise(9), [random.uniform(0.6, 0.9) for _ in range(9)]
-        compare([d * x for d, x in zip(disturbed, ratios, strict=True)], disturbed)
+        a, b, middle = [1.0], [1.0], 1.0
+        while any(math.isclose(wrong, middle, rel_tol=1e-3) for wrong in wrong_middles(a, b)):  # no mistake is right
+            b, ratios = noise(9), [random.uniform(0.6, 0.9) for _ in range(9)]
+            a, middle = [x * ratio for x, ratio in zip(b, ratios, strict=True)], median(ratios)
+        compare(a, b)
 
     def outlier() -> None:
         b = noise(7)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_edu.course.checks.candidates import without
 from lora_edu.course.checks.report import Report, Step, Wrong, run_steps
 from lora_edu.course.checks.tools import close_number, is_number, known_slip, need_refusal, small_llama, with_note
 from lora_edu.lab.bases import require_base
@@ -397,6 +398,12 @@ def compare_labels(candidate: Callable[..., Any], entry: Entry, tokenizer: Any, 
     )
 
 
+@without(
+    "lora_edu.lab.datasets.encode", "lora_edu.lab.datasets.format_chat", "lora_edu.lab.datasets.prompt_ids",
+    symptom="you call {name} of lora_edu.lab.datasets, which this exercise wants you to write",
+    question="Which text does the chat template write, and which ids do prompt and answer have by themselves?",
+    fix="tokenizer.apply_chat_template(…, tokenize=False, add_generation_prompt=True), then tokenize it.",
+)  # fmt: skip
 def encode_chat(candidate: Callable[..., Any], hint: int = 1) -> Report:
     """Exercise B1: ``candidate(entry, tokenizer, max_length)`` gives a row with ``input_ids`` and ``labels``."""
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lora_edu.core.peft_io import PREFIX, WEIGHTS_FILE
+from lora_edu.course.checks.candidates import without
 from lora_edu.course.checks.report import Report, Wrong, run_steps
 from lora_edu.course.checks.tools import close, close_number, need_refusal, peft_linear, small_llama, temporary_folder
 
@@ -23,6 +24,12 @@ draw_llama = partial(small_llama, num_hidden_layers=3)
 PARTS = ("filled", "missing", "ignored")
 
 
+@without(
+    "lora_edu.core",
+    symptom="you call the library's {name}",
+    question="Which line of LoRALinear computes the scale, and with which values if a field is missing?",
+    fix="lora_alpha / r, or lora_alpha / √r with use_rslora; r and lora_alpha are 8 where they are missing.",
+)
 def scale_of(candidate: Callable[[Mapping[str, Any]], float], hint: int = 1) -> Report:
     """The scale that a saved config means. Exercise A1 of lesson 08."""
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lora_edu.course.checks.candidates import without
 from lora_edu.course.checks.report import Report, Step, Wrong, run_steps
 from lora_edu.course.checks.tools import (
     close_number,
@@ -175,6 +176,12 @@ def other_factors(W: Tensor, delta: Tensor, r: int) -> dict[str, float]:
     }
 
 
+@without(
+    "lora_edu.lowrank",
+    symptom="you call {name} of lora_edu.lowrank; this exercise wants the line itself",
+    question="Whose directions, on which side, and how many of them? Which of the two norms stands on top?",
+    fix="Columns of U and rows of Vh, r of each: delta.norm() / (U[:, :r].T @ W @ Vh[:r].T).norm().",
+)
 def amplification(candidate: Callable[[Tensor, Tensor, int], float], hint: int = 1) -> Report:
     """Exercise A2 of lesson 10: ``candidate(W, delta, r)`` is ‖ΔW‖ / ‖Uᵀ W V‖ in ΔW's top r directions."""
 
@@ -391,7 +398,8 @@ def pick_best(candidate: Callable[[list[Run]], Sequence[Any]], hint: int = 1) ->
                 beyond = 0 if best == 1 else 4
                 losses[rates[beyond]] = {seed: (math.nan, math.nan) for seed in seeds}
                 where += ", as the one beyond was tried and diverged"
-            rate, _, _, at_edge = asked(runs_of(losses))
+            in_front = rates[best] if best == 2 else None  # of the runs, whose order says nothing
+            rate, _, _, at_edge = asked(runs_of(losses, first=in_front))
             check_rate(rate, rates[best], losses)
             if bool(at_edge) != (best in (0, 4)):
                 raise Wrong(
@@ -552,6 +560,12 @@ def other_counts(W: Tensor, tuned: Tensor, top_k: int, threshold: float) -> dict
     }
 
 
+@without(
+    "lora_edu.lowrank",
+    symptom="you call {name} of lora_edu.lowrank; this exercise wants the count from scratch",
+    question="What makes a direction of the tuned weight an intruder?",
+    fix="Take U of both weights from torch.linalg.svd, and look at the cosines between their columns.",
+)
 def intruders(candidate: Callable[[Tensor, Tensor, int, float], int], hint: int = 1) -> Report:
     """Exercise B2 of lesson 10: ``candidate(W, tuned, top_k, threshold)`` counts intruder dimensions."""
     fix = (
