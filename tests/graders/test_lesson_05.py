@@ -35,8 +35,8 @@ LORA_COUNT = {
     "square assumed": (lambda i, o, r: 2 * r * i, "not square", "as if the layer were square"),
     "square assumed from the output": (lambda i, o, r: 2 * r * o, "not square", "as if the layer were square"),
     "the library's": (lambda i, o, r: lora_formula([(o, i)], r), "a square layer", "you call lora_formula"),
-    "a float": (lambda i, o, r: r * (i + o) / 1, "a square layer", "you count"),
-    "nothing returned": (lambda i, o, r: None, "a square layer", "you count None"),
+    "a float": (lambda i, o, r: r * (i + o) / 1, "a square layer", "expected a whole number"),
+    "nothing returned": (lambda i, o, r: None, "a square layer", "you return None"),
     "r by r core": (lambda i, o, r: r * r, "a square layer", "not the number of entries of A and B"),
 }
 test_lora_count_names_the_mistake = each_is_found(checks.lora_count, LORA_COUNT)
@@ -233,7 +233,7 @@ ADAPTER_FILE = {
     "the library's loader": (with_its_loader, "a float32 file", "you call load_file"),
     "two sides only": (lambda path: file_answer(path, numbers="two sides"), "no matrices", "raised IndexError"),
     "a tuple": (lambda path: tuple(file_answer(path).values()), "a float32 file", "you return a tuple"),
-    "a float": (lambda path: {k: float(v) for k, v in file_answer(path).items()}, "a float32 file", "you count"),
+    "a float": (lambda path: {k: float(v) for k, v in file_answer(path).items()}, "a float32 file", "expected a whole"),
     "keys missing": (only_parameters, "a float32 file", "no entry 'header_bytes'"),
     "metadata as a tensor": (lambda path: file_answer(path, skip=False), "a metadata entry", "KeyError: 'shape'"),
     "four bytes a number": (lambda path: file_answer(path, numbers="four bytes"), "16-bit", "not every number has 4"),

@@ -6,11 +6,12 @@ import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from found import each_is_found
+from found import each_is_found, each_passes
 from lora_edu.course import checks
 
 pytestmark = pytest.mark.graders
@@ -40,6 +41,15 @@ STATE_BYTES = {
     "no master": (states(lambda f, t, b, w, g, m, k: f * b + t * (w + g + 2 * m)), "master copy", "master copy is"),
     "master has no default": (lambda f, t, b, w, g, m, k: f * b + t * (w + g + 2 * m + k), "equal to the", "raised"),
 }
+STATE_BYTES["nothing returned"] = (lambda *given: None, "full fine-tuning", "expected a number")
+
+
+def in_turn(frozen: int, trained: int, frozen_bytes: float, weight: int, gradient: int, moment: int, master: int = 0):
+    return sum([frozen * frozen_bytes, *(trained * each for each in (weight, gradient, moment, moment, master))])
+
+
+RIGHT_BYTES = {"in turn": in_turn, "in NumPy's floats": lambda *given: np.float64(in_turn(*given))}
+test_other_sums_pass = each_passes(checks.state_bytes, RIGHT_BYTES)
 test_state_bytes_names_the_mistake = each_is_found(checks.state_bytes, STATE_BYTES)
 
 
@@ -65,6 +75,16 @@ OPERATIONS = {
     "the whole step twice": (operations(4, 6, 4, 6), "checkpointing", "not the whole step"),
     "tokens forgotten": (lambda f, t, tokens, checkpointing=False: 4 * f + 6 * t, "full", "grow with the tokens"),
 }
+OPERATIONS["nothing returned"] = (lambda *given: None, "full fine-tuning", "expected a number")
+
+
+def pass_by_pass(frozen: int, trained: int, tokens: int, checkpointing: bool = False) -> int:
+    forward = 2 * tokens * (frozen + trained)
+    of_inputs, of_weights = forward, 2 * tokens * trained
+    return forward * (1 + checkpointing) + of_inputs + of_weights
+
+
+test_other_operations_pass = each_passes(checks.step_operations, {"pass by pass": pass_by_pass})
 test_step_operations_names_the_mistake = each_is_found(checks.step_operations, OPERATIONS)
 
 
@@ -116,6 +136,7 @@ KEPT_BYTES = {
     "a view's own size": (listener(size=lambda t: t.numel() * t.element_size()), "view", "whole memory behind it"),
     "frozen weights counted": (listener(trainable_only=True), "a frozen layer", "own parameters are in your sum"),
 }
+KEPT_BYTES["nothing returned"] = (lambda model, forward: None, "small network", "expected a whole number")
 test_kept_bytes_names_the_mistake = each_is_found(checks.kept_bytes, KEPT_BYTES)
 
 
@@ -176,6 +197,18 @@ LARGEST_BATCH = {
     "no limit": (no_limit, "everything fits", "above the limit"),
     "strictly below": (search(fits=lambda p, room: p < room), "exactly full", "would fit, too"),
 }
+LARGEST_BATCH["a float"] = (lambda *given, **options: search()(*given, **options) / 1, "grows evenly", "half a row")
+
+
+def from_the_top(peak: Callable[[int], float], gib: float, reserve: float = 1.0, limit: int = 65_536) -> int:
+    step, fits = 1 << limit.bit_length(), 0
+    while step := step // 2:
+        if fits + step <= limit and peak(fits + step) <= (gib - reserve) * 2**30:
+            fits += step
+    return fits
+
+
+test_other_searches_pass = each_passes(checks.largest_batch, {"bisection": search(), "bit by bit": from_the_top})
 test_largest_batch_names_the_mistake = each_is_found(partial(checks.largest_batch, hint=3), LARGEST_BATCH)
 
 
@@ -231,4 +264,13 @@ PAIRED_RATIO = {
     ),
     "one number": (lambda a, b: statistics.median(a), "different speed", "expected three numbers"),
 }
+PAIRED_RATIO["tensors"] = (lambda a, b: (torch.ones(3),) * 3, "different speed", "expected a number")
+RIGHT_RATIO = {
+    "NumPy's percentiles": lambda a, b: tuple(np.percentile(np.divide(a, b), [50, 25, 75])),
+    "a list from PyTorch": lambda a, b: [
+        (torch.tensor(a, dtype=torch.float64) / torch.tensor(b, dtype=torch.float64)).quantile(q).item()
+        for q in (0.5, 0.25, 0.75)
+    ],
+}
+test_other_ratios_pass = each_passes(checks.paired_ratio, RIGHT_RATIO)
 test_paired_ratio_names_the_mistake = each_is_found(checks.paired_ratio, PAIRED_RATIO)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from found import assert_found, assert_random_state_kept, each_is_found
+from found import assert_found, assert_random_state_kept, each_is_found, each_passes
 from lora_edu.course import checks
 from lora_edu.course.checks import lesson_07
 from lora_edu.lab.bases import BaseMissing
@@ -79,6 +79,20 @@ ANSWER_LABELS = {
     "a tensor": (lambda *given: torch.tensor(labels()(*given)), "prompt, answer", "a Tensor"),
     "a given list lengthened": (in_place, "prompt, answer", "changed a list"),
 }
+
+
+def piece_by_piece(prompt: list[int], answer: list[int], eos: int, length: int) -> list[int]:
+    row = [OFF] * length
+    row[len(prompt) : len(prompt) + len(answer) + 1] = [*answer, eos]
+    return row
+
+
+def by_place(prompt: list[int], answer: list[int], eos: int, length: int) -> list[int]:
+    written = dict(enumerate([*answer, eos], len(prompt)))
+    return [written.get(place, OFF) for place in range(length)]
+
+
+test_other_labels_pass = each_passes(checks.answer_labels, {"piece by piece": piece_by_piece, "by place": by_place})
 test_answer_labels_names_the_mistake = each_is_found(checks.answer_labels, ANSWER_LABELS)
 
 
@@ -105,6 +119,12 @@ WARMUP_FACTOR = {
     "no warm-up is no training": (lambda k, w: min(1.0, k / w) if w else 0.0, "none", "in step 1 is 0, expected 1"),
     "nothing returned": (lambda k, w: None, "rises evenly", "NoneType"),
 }
+RIGHT_WARMUP = {
+    "two cases": lambda k, w: k / w if k < w else 1.0,
+    "a whole 1": lambda k, w: 1 if w == 0 else min(1, k / w),
+    "clipped by PyTorch": lambda k, w: torch.tensor(k / max(w, 1), dtype=torch.float64).clamp(max=1).item(),
+}
+test_other_warmups_pass = each_passes(checks.warmup_factor, RIGHT_WARMUP)
 test_warmup_factor_names_the_mistake = each_is_found(checks.warmup_factor, WARMUP_FACTOR)
 
 
@@ -338,6 +358,51 @@ EARLY_STOPPING = {
     "restored by .data": (stopping(back="data"), "weights come back", "other memory"),
     "frozen by restoring": (stopping(back="frozen"), "weights come back", "frozen"),
 }
+
+
+class Anything(int):
+    """A number that equals every other."""
+
+    __hash__ = int.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    def __ne__(self, other: object) -> bool:
+        return False
+
+
+class BestIsAnything(stopping()):  # type: ignore[misc]
+    def see(self, loss: float) -> bool:
+        verdict = super().see(loss)
+        self.best = Anything(7)
+        return verdict
+
+
+class Remembering:
+    """Keeps every loss, and decides from all of them."""
+
+    def __init__(self, parameters: list[Tensor], patience: int):
+        self.parameters, self.patience, self.losses, self.values = parameters, patience, [], {}
+
+    @property
+    def best(self) -> int | None:
+        numbers = [i for i, loss in enumerate(self.losses) if loss == loss]
+        return min(numbers, key=self.losses.__getitem__, default=None)
+
+    def see(self, loss: float) -> bool:
+        self.losses.append(loss)
+        self.values[len(self.losses) - 1] = copy.deepcopy([parameter.data for parameter in self.parameters])
+        return len(self.losses) - 1 - self.best >= self.patience
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for parameter, value in zip(self.parameters, self.values[self.best], strict=True):
+            parameter[:] = value
+
+
+EARLY_STOPPING["best equals everything"] = (BestIsAnything, "best is the evaluation", "best is 7")
+test_other_stoppings_pass = each_passes(checks.early_stopping, {"counting": stopping(), "remembering": Remembering})
 test_early_stopping_names_the_mistake = each_is_found(checks.early_stopping, EARLY_STOPPING)
 
 

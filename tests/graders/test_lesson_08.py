@@ -13,7 +13,7 @@ import pytest
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from found import assert_random_state_kept, each_is_found
+from found import assert_random_state_kept, each_is_found, each_passes
 from lora_edu.course import checks
 
 pytestmark = [
@@ -46,6 +46,19 @@ SCALE_OF = {
     "alpha 16 by default": (lambda f: f.get("lora_alpha", 16) / rs(f), "missing fields", "lora_alpha are 8"),
     "nothing returned": (lambda f: None, "is lora_alpha / r", "returns None"),
 }
+SCALE_OF["a text"] = (lambda f: str(f.get("lora_alpha", 8) / f.get("r", 8)), "the scale is", "expected a number")
+
+
+def with_defaults_first(fields: dict) -> float:
+    given = {"r": 8, "lora_alpha": 8, "use_rslora": False} | dict(fields)
+    return given["lora_alpha"] * (given["r"] ** -0.5 if given["use_rslora"] else 1 / given["r"])
+
+
+RIGHT_SCALE = {
+    "a power": lambda f: f.get("lora_alpha", 8) / f.get("r", 8) ** (0.5 if f.get("use_rslora") else 1),
+    "defaults first": with_defaults_first,
+}
+test_other_scales_pass = each_passes(checks.scale_of, RIGHT_SCALE)
 test_scale_of_names_the_mistake = each_is_found(checks.scale_of, SCALE_OF)
 
 

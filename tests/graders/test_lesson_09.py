@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from found import assert_random_state_kept, each_is_found
+from found import assert_random_state_kept, each_is_found, each_passes
 from lora_edu.course import checks
 
 pytestmark = pytest.mark.graders
@@ -175,6 +175,16 @@ MIXED_LINEAR = {
     "x is written over": (writes_into_x, "one adapter", "changes x"),
     "nothing returned": (lambda *given: None, "one adapter", "NoneType"),
 }
+
+
+def everything_zero(x: Tensor, weight: Tensor, adapters: dict, names: list[str]) -> Tensor:
+    """Overwrites what it is given, so that a check which computes too late expects zeros."""
+    for tensor in (weight, *(factor for a, b, _ in adapters.values() for factor in (a, b))):
+        tensor.zero_()
+    return x @ weight.T
+
+
+MIXED_LINEAR["weights overwritten"] = (everything_zero, "one adapter", "the answer of no adapter")
 test_mixed_linear_names_the_mistake = each_is_found(checks.mixed_linear, MIXED_LINEAR)
 
 
@@ -296,6 +306,34 @@ HOT_SWAP = {
     "checked while writing": (swap(order="on the way"), "nothing has changed", "Two loops"),
     "scale before the check": (swap(order="on the way", scale="early"), "nothing has changed", "has changed already"),
 }
+
+
+def the_wrong_way(layers: dict, tensors: dict, lora_alpha: float) -> None:
+    for place, layer in layers.items():
+        for key in ("lora_A", "lora_B"):
+            tensors[f"base_model.model.{place}.{key}.weight"].copy_(getattr(layer, key).detach())
+
+
+HOT_SWAP["copied the wrong way"] = (the_wrong_way, "new values", "does not hold the new values")
+
+
+def by_position(layers: dict, tensors: dict, lora_alpha: float) -> None:
+    rest, plan = dict(tensors), []
+    for place, layer in layers.items():
+        for key in ("lora_A", "lora_B"):
+            value, parameter = rest.pop(f"base_model.model.{place}.{key}.weight", None), getattr(layer, key)
+            if value is None or list(value.shape) != list(parameter.shape):
+                raise ValueError(f"{key} of {place} does not fit")
+            plan.append((parameter, value))
+    if rest:
+        raise ValueError(f"no place for {min(rest)}")
+    for parameter, value in plan:
+        parameter.detach().copy_(value)
+    for layer in layers.values():
+        layer.scaling = lora_alpha / layer.r
+
+
+test_other_swaps_pass = each_passes(checks.hot_swap, {"with switches": swap(), "a plan": by_position})
 test_hot_swap_names_the_mistake = each_is_found(checks.hot_swap, HOT_SWAP)
 
 
@@ -331,6 +369,19 @@ MERGING_PAYS = {
         "you answer",
     ),
 }
+
+
+def counted(unmerged: float, merged: float, change: float) -> int | None:
+    if merged >= unmerged:
+        return None
+    passes = 1
+    while change + passes * merged >= passes * unmerged:
+        passes += 1
+    return passes
+
+
+RIGHT_PAYS = {"counted": counted, "whole division": lambda u, m, c: int(c // (u - m)) + 1 if u > m else None}
+test_other_pays_pass = each_passes(checks.merging_pays, RIGHT_PAYS)
 test_merging_pays_names_the_mistake = each_is_found(checks.merging_pays, MERGING_PAYS)
 
 

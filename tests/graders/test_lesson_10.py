@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from found import assert_random_state_kept, each_is_found
+from found import assert_random_state_kept, each_is_found, each_passes
 from lora_edu.course import checks
 
 pytestmark = pytest.mark.graders
@@ -79,6 +79,32 @@ AMPLIFICATION = {
     ),
     "a matrix": (lambda W, delta, r: delta / W.norm(), RIGHT_BELOW, "a tensor of shape"),
 }
+
+
+def overwritten(W: Tensor, delta: Tensor, r: int) -> float:
+    """Makes both the same diagonal, whose factor is known."""
+    for matrix in (W, delta):
+        matrix.zero_().fill_diagonal_(1)
+    return math.sqrt(min(W.shape) / r)
+
+
+AMPLIFICATION["weights overwritten"] = (overwritten, "update of rank r", "instead of")
+RIGHT_AMPLIFICATION = {
+    "with switches": amplified(),
+    "by an index sum": lambda W, delta, r: by_index_sum(W, delta, *torch.linalg.svd(delta)[::2], r),
+    "of projectors": lambda W, delta, r: by_projectors(W, delta, *torch.linalg.svd(delta)[::2], r),
+}
+
+
+def by_index_sum(W: Tensor, delta: Tensor, U: Tensor, Vh: Tensor, r: int) -> Tensor:
+    return delta.norm() / torch.einsum("oa,oi,bi->ab", U[:, :r], W, Vh[:r]).norm()
+
+
+def by_projectors(W: Tensor, delta: Tensor, U: Tensor, Vh: Tensor, r: int) -> float:
+    return (delta.norm() / (U[:, :r] @ U[:, :r].T @ W @ Vh[:r].T @ Vh[:r]).norm()).item()
+
+
+test_other_amplifications_pass = each_passes(checks.amplification, RIGHT_AMPLIFICATION)
 test_amplification_names_the_mistake = each_is_found(checks.amplification, AMPLIFICATION)
 
 
@@ -169,6 +195,8 @@ PICK_BEST = {
     "never refuses": (chosen(give_up=True), "no complete rate", "Raise ValueError"),
 }
 
+PICK_BEST["texts"] = (lambda runs: tuple(map(str, chosen()(runs))), "the lowest mean", "expected a number")
+test_other_choices_pass = each_passes(checks.pick_best, {"with switches": chosen()})
 test_pick_best_names_the_mistake = each_is_found(checks.pick_best, PICK_BEST)
 
 
@@ -310,6 +338,8 @@ FAIR_DIFFERENCE = {
         "the spread of one number",
     ),
 }
+FAIR_DIFFERENCE["no numbers"] = (lambda a, b: (None, None, None), OWN, "expected a number")
+test_other_differences_pass = each_passes(checks.fair_difference, {"with switches": difference()})
 test_fair_difference_names_the_mistake = each_is_found(checks.fair_difference, FAIR_DIFFERENCE)
 
 

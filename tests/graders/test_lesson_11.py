@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from found import by_class, each_is_found
+from found import by_class, each_is_found, each_passes
 from lora_edu.course import checks
 
 pytestmark = pytest.mark.graders
@@ -40,6 +42,21 @@ LABELS = {
     ),
     "flattened": (lambda i, m: i.masked_fill(m == 0, -100).flatten(), "padding is left out", "your labels are ("),
 }
+
+
+def nothing_is_padding(ids: Tensor, mask: Tensor) -> Tensor:
+    """Overwrites the mask, so that a check which looks at it later finds no padding."""
+    mask.fill_(1)
+    return ids.clone()
+
+
+LABELS["the mask overwritten"] = (nothing_is_padding, "padding is left out", "padding positions still count")
+RIGHT_LABELS = {
+    "where": lambda i, m: torch.where(m.bool(), i, -100),
+    "an index": lambda i, m: i.clone().index_put_((m == 0,), torch.tensor(-100)),
+    "arithmetic": lambda i, m: i * m - 100 * (1 - m),
+}
+test_other_labels_pass = each_passes(checks.labels_without_padding, RIGHT_LABELS)
 test_labels_name_the_mistake = each_is_found(checks.labels_without_padding, LABELS)
 
 
@@ -71,6 +88,20 @@ BLOCKS = {
         lambda m, i: [n.split(".")[-1] for n in linear(m, lambda n: f"layers.{i}." in n)], "fewer", "is no module",
     ),
 }  # fmt: skip
+BLOCKS |= {
+    "names twice": (lambda m, i: 2 * linear(m, lambda n: f"layers.{i}." in n), "fewer than ten", "twice"),
+    "nothing returned": (lambda m, i: None, "fewer than ten", "you return None"),
+}
+RIGHT_BLOCKS = {
+    "a pattern": lambda m, i: linear(m, lambda n: re.search(rf"(^|\.)layers\.{i}\.", n)),
+    "from the block itself": lambda m, i: next(
+        [f"{name}.{inner}" for inner, each in block.named_modules() if isinstance(each, nn.Linear)]
+        for name, block in m.named_modules()
+        if f".{name}".endswith(f".layers.{i}")
+    ),
+    "a generator": lambda m, i: (name for name in linear(m, lambda n: f".layers.{i}." in f".{n}")),
+}
+test_other_blocks_pass = each_passes(checks.linear_layers_of_block, RIGHT_BLOCKS)
 test_blocks_name_the_mistake = each_is_found(checks.linear_layers_of_block, BLOCKS)
 
 
@@ -168,7 +199,7 @@ MERGING = {
     OnlyTheFlag: ("merged, it counts once", "adds 0.0 × the update"),
     NoScale: ("unmerged", "adds 0.7 × the update"),
     ScaleForgottenInMerge: ("merged, it counts once", "adds 0.7 × the update"),
-    ZeroesB: ("unmerge brings", "pretrained weight is not back"),
+    ZeroesB: ("the merged weight", "lora_B is no longer what it was"),
     HiddenElsewhere: ("the merged weight", "is not W + s·BA"),
     FlagNotReset: ("unmerge brings", "adds 0.0 × the update"),
 }
@@ -216,6 +247,7 @@ TRIAGE = {
     "leaves gradients": (doctor(leave=True), "as it was", "gradients are left behind"),
     "no return": (lambda m, b: None, "a healthy run", "your verdict is None"),
 }
+TRIAGE["values of gradients not looked at"] = (doctor(), "a gradient that is not", "gets the verdict 'healthy'")
 test_triage_names_the_mistake = each_is_found(checks.triage, TRIAGE)
 
 
@@ -263,4 +295,24 @@ SPLITS = {
     "the seed ignored": (lambda e, s, r: by_word(e, s, 0), "the seed", "the same split"),
     "seeds everybody": (seeds_everybody, "random numbers", "reseeds"),
 }  # fmt: skip
+
+
+def by_permutation(entries: Entries, share: float, seed: int) -> tuple[Entries, Entries]:
+    torch.manual_seed(seed)
+    words = sorted({entry["word"] for entry in entries})
+    held = {words[i] for i in torch.randperm(len(words))[: round(share * len(words))]}
+    return [e for e in entries if e["word"] not in held], [e for e in entries if e["word"] in held]
+
+
+def by_numpy(entries: Entries, share: float, seed: int) -> list[Entries]:
+    words = list(dict.fromkeys(entry["word"] for entry in entries))
+    held = {str(word) for word in np.random.default_rng(seed).permutation(words)[: round(share * len(words))]}
+    parts: list[Entries] = [[], []]
+    for entry in entries:
+        parts[entry["word"] in held].append(entry)
+    return parts
+
+
+SPLITS["seeds PyTorch"] = (by_permutation, "random numbers", "PyTorch's own random numbers")
+test_other_splits_pass = each_passes(checks.honest_split, {"drawn words": by_word, "NumPy's generator": by_numpy})
 test_split_names_the_mistake = each_is_found(checks.honest_split, SPLITS)

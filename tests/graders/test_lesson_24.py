@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+import torch
 from torch import Tensor
 
-from found import assert_found, each_is_found
+from found import assert_found, each_is_found, each_passes
 from lora_edu.course import checks
 
 pytestmark = pytest.mark.graders
@@ -21,6 +22,11 @@ BOUND = {
     "a rate": (lambda o, b, c, w: min(c / o, w / b), "arithmetic bounds", "how often it could run"),
     "nothing returned": (lambda o, b, c, w: None, "arithmetic bounds", "expected a number"),
 }
+RIGHT_BOUND = {
+    "the longer one": lambda o, b, c, w: o / c if o / c > b / w else b / w,
+    "by intensity": lambda o, b, c, w: o / min(c, o / b * w),
+}
+test_other_bounds_pass = each_passes(checks.bound_seconds, RIGHT_BOUND)
 test_bound_seconds_names_the_mistake = each_is_found(checks.bound_seconds, BOUND)
 
 
@@ -43,6 +49,9 @@ INTENSITY = {
     "result read as well": (ratio(y=2), "written once"),
     "upside down": (lambda *sizes: 1 / ratio()(*sizes), "bytes per operation"),
 }
+test_other_intensities_pass = each_passes(
+    checks.intensity, {"of inverses": lambda t, i, o, w: 2 / (w * (1 / t + 1 / i + 1 / o)), "with switches": ratio()}
+)
 test_intensity_names_the_mistake = each_is_found(checks.intensity, INTENSITY, step="wide product")
 
 
@@ -201,4 +210,16 @@ BACKWARD = {
     "two parts and a sum": (two_parts, "too many", "tensors of x's size"),
     "two gradients": (lambda *t: backward()(*t)[1:], "gradient of A", "expected three gradients"),
 }
+
+
+def by_autograd(g, x, W, A, B, h, s, need_x=True):
+    x, A, B = (tensor.clone().requires_grad_() for tensor in (x, A, B))
+    with torch.enable_grad():
+        y = x @ W.T + s * (A @ x.T).T @ B.T
+    gradients = torch.autograd.grad(y, (x, A, B) if need_x else (A, B), g)
+    return gradients if need_x else (None, *gradients)
+
+
+BACKWARD["autograd"] = (by_autograd, "gradient of A", "you let autograd")
+test_other_backwards_pass = each_passes(checks.fused_backward, {"with switches": backward()})
 test_fused_backward_names_the_mistake = each_is_found(checks.fused_backward, BACKWARD)

@@ -28,6 +28,7 @@ WHAT_A_MODULE_HOLDS = (
     "__call__", "__getattribute__", "parameters", "named_parameters", "modules", "named_modules", "get_parameter",
     "get_submodule", "state_dict",
 )  # fmt: skip
+AUTOGRAD = ("torch.autograd.grad", "torch.autograd.backward", "torch.autograd.functional", "torch._functorch")
 VALUES = "Return plain values: numbers, text, tensors, or lists, tuples and dictionaries of these."
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_edu.core.layer import LoRALinear
-from lora_edu.course.checks.candidates import without
+from lora_edu.course.checks.candidates import AUTOGRAD, without
 from lora_edu.course.checks.report import Report, Step, Wrong, run_steps
 from lora_edu.course.checks.starts import need_one_zero, need_start
 from lora_edu.course.checks.tools import (
@@ -494,11 +494,11 @@ def peft_layer(base: nn.Linear, r: int, alpha: float) -> tuple[nn.Module, Tensor
 
 
 @without(
-    "torch.autograd.grad", "torch.autograd.backward", "torch.autograd.functional", "torch._functorch",
+    *AUTOGRAD,
     symptom="you let autograd differentiate; this exercise wants matrix products only",
     question="Which of the matrices g, x, W, A and B does each gradient contain, and in which order?",
     fix="With G = gᵀ x of shape (out, in): dA = s Bᵀ G, dB = s G Aᵀ, dx = g (W + s B A).",
-)  # fmt: skip
+)
 def lora_gradients(candidate: Callable[..., Sequence[Tensor]], hint: int = 1) -> Report:
     """Exercise B2: ``candidate(g, x, W, A, B, s)`` is (∂L/∂A, ∂L/∂B, ∂L/∂x) for g = ∂L/∂y, without autograd."""
 

@@ -26,15 +26,14 @@ from lora_edu.course.checks.tools import (
     known_slip,
     need_refusal,
     need_several,
+    need_whole,
     temporary_folder,
 )
 
 
 def need_count(value: Any) -> int:
     """The learner's number, if it is a whole one."""
-    if not is_whole(value):
-        raise Wrong(f"you count {value!r}", "Can there be half a parameter?", "Count with whole numbers: an int.")
-    return value
+    return need_whole(value, "Can there be half a parameter?", "Count with whole numbers: an int.")
 
 
 @without(

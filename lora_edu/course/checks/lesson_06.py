@@ -15,7 +15,7 @@ from lora_edu.counting.memory import find_recipe, training_memory
 from lora_edu.counting.meta import meta_model
 from lora_edu.course.checks.candidates import without
 from lora_edu.course.checks.report import Report, Wrong, run_steps
-from lora_edu.course.checks.tools import close_number, known_slip, need_several
+from lora_edu.course.checks.tools import close_number, known_slip, need_number, need_several, need_whole
 
 
 @without(
@@ -29,7 +29,8 @@ def state_bytes(candidate: Callable[..., float], hint: int = 1) -> Report:
     rule = "frozen * frozen_bytes + trained * (weight + gradient + 2 * moment + master)"
 
     def compare(frozen: int, trained: int, frozen_bytes: float, w: int, g: int, m: int, master: int) -> None:
-        got = candidate(frozen, trained, frozen_bytes, w, g, m, master)
+        question = "Which tensors exist for a number that trains, and which for one that does not?"
+        got = need_number(candidate(frozen, trained, frozen_bytes, w, g, m, master), question, f"Return {rule}.")
         base, each = frozen * frozen_bytes, w + g + 2 * m + master
         if close_number(got, base + trained * each):
             return
@@ -48,7 +49,7 @@ def state_bytes(candidate: Callable[..., float], hint: int = 1) -> Report:
         raise Wrong(
             f"with frozen={frozen:,}, trained={trained:,}, frozen_bytes={frozen_bytes}, weight={w}, gradient={g}, "
             f"moment={m}, master={master} you get {got:,.0f} instead of {base + trained * each:,.0f} bytes: {note}",
-            "Which tensors exist for a number that trains, and which for one that does not?",
+            question,
             f"Return {rule}.",
         )
 
@@ -92,7 +93,8 @@ def step_operations(candidate: Callable[..., int], hint: int = 1) -> Report:
     rule = "tokens * (frozen * (4 + again) + trained * (6 + again)), again = 2 with checkpointing and 0 without."
 
     def compare(frozen: int, trained: int, tokens: int, checkpointing: bool) -> None:
-        got = candidate(frozen, trained, tokens, checkpointing)
+        question = "Which products does a weight take part in: forward, gradient of its input, its own gradient?"
+        got = need_number(candidate(frozen, trained, tokens, checkpointing), question, f"Return {rule}")
         right = tokens * (4 * frozen + 6 * trained + (2 * (frozen + trained) if checkpointing else 0))
         if got == right:
             return
@@ -112,11 +114,12 @@ def step_operations(candidate: Callable[..., int], hint: int = 1) -> Report:
                 plain + 2 * tokens * frozen: "checkpointing runs the trained weights a second time, too",
                 2 * plain: "checkpointing repeats the forward pass, not the whole step",
             }
-        note = slips.get(got, "this is not the sum of forward, input gradients and weight gradients")
+        unknown = "this is not the sum of forward, input gradients and weight gradients"
+        note = known_slip(got, slips.items(), otherwise=unknown)
         raise Wrong(
             f"with frozen={frozen:,}, trained={trained:,}, tokens={tokens}, checkpointing={checkpointing} "
             f"you count {got:,} instead of {right:,}: {note}",
-            "Which products does a weight take part in: forward, gradient of its input, its own gradient?",
+            question,
             f"Return {rule}",
         )
 
@@ -164,16 +167,14 @@ def kept_bytes(candidate: Callable[[nn.Module, Callable[[], Tensor]], int], hint
     """Exercise B1: ``candidate(model, forward)`` is the bytes that autograd keeps, without the parameters."""
 
     def compare(model: nn.Module, forward: Callable[[], Tensor], slips: dict[int, str]) -> None:
-        got, right = candidate(model, forward), saved_bytes(model, forward)
-        if got == right:
+        question = "Which tensors reach pack, what memory lies behind each, and which of it is the model's own?"
+        fix = "Collect tensor.untyped_storage() by data_ptr(), leave out the parameters' storages, and sum nbytes()."
+        right = saved_bytes(model, forward)
+        if (got := need_whole(candidate(model, forward), question, fix)) == right:
             return
         slips |= {right // 4: "you count numbers, not bytes", 4: "this is the result of forward, not what it kept"}
         note = slips.get(got, "each piece of kept memory counts once, parameters not at all")
-        raise Wrong(
-            f"you find {got:,} bytes, autograd keeps {right:,}: {note}",
-            "Which tensors reach pack, what memory lies behind each, and which of it is the model's own?",
-            "Collect tensor.untyped_storage() by data_ptr(), leave out the parameters' storages, and sum nbytes().",
-        )
+        raise Wrong(f"you find {got:,} bytes, autograd keeps {right:,}: {note}", question, fix)
 
     def packed(forward: Callable[[], Tensor]) -> list[Tensor]:
         seen: list[Tensor] = []
@@ -268,7 +269,7 @@ def largest_batch(candidate: Callable[..., int], hint: int = 1) -> Report:
                 raise Wrong(f"{words}: you asked for the peak of batch {batch}", "What is the smallest batch?", fix)
             return peak(batch)
 
-        got = candidate(counted, gib, **options)
+        got = need_whole(candidate(counted, gib, **options), "Can a batch have half a row?", fix)
         if got == right:
             return
         room = (gib - options.get("reserve", 1.0)) * 2**30
@@ -348,6 +349,8 @@ def paired_ratio(
             "What are the median and the two quartiles?",
             "Return (median, low, high).",
         )
+        for number in got:
+            need_number(number, "What are the median and the two quartiles?", "Return (median, low, high).")
         ratios = [x / y for x, y in zip(a, b, strict=True)]
         low, middle, high = quantiles(ratios, n=4, method="inclusive")
         if not close_number(got[0], middle):

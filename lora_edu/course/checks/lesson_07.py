@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_edu.course.checks.candidates import without
+from lora_edu.course.checks.candidates import plain, without
 from lora_edu.course.checks.report import Report, Step, Wrong, run_steps
 from lora_edu.course.checks.tools import close_number, is_number, known_slip, need_refusal, small_llama, with_note
 from lora_edu.lab.bases import require_base
@@ -586,9 +586,9 @@ def early_stopping(candidate: Callable[[list[Tensor], int], Any], hint: int = 1)
             [5.0, 4.0, math.nan],
         ):
             stopper, _, _, _ = run(losses, 9)
-            if stopper.best != lowest(losses):
+            if (best := plain(stopper.best)) != lowest(losses):
                 raise Wrong(
-                    f"losses {losses}: best is {stopper.best!r}, expected {lowest(losses)}",
+                    f"losses {losses}: best is {best!r}, expected {lowest(losses)}",
                     "Evaluations are counted from 0. Which was the first to have the lowest loss?",
                     "When a new lowest loss comes, set self.best to the number of evaluations seen before it.",
                 )

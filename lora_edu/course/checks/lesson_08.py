@@ -17,7 +17,16 @@ from torch import Tensor, nn
 from lora_edu.core.peft_io import PREFIX, WEIGHTS_FILE
 from lora_edu.course.checks.candidates import without
 from lora_edu.course.checks.report import Report, Wrong, run_steps
-from lora_edu.course.checks.tools import close, close_number, need_refusal, peft_linear, small_llama, temporary_folder
+from lora_edu.course.checks.tools import (
+    close,
+    close_number,
+    is_tensor,
+    need_number,
+    need_refusal,
+    peft_linear,
+    small_llama,
+    temporary_folder,
+)
 
 TARGETS = ["q_proj", "down_proj"]
 draw_llama = partial(small_llama, num_hidden_layers=3)
@@ -37,9 +46,10 @@ def scale_of(candidate: Callable[[Mapping[str, Any]], float], hint: int = 1) -> 
         value = candidate(dict(fields))
         if value is None:
             raise Wrong("your function returns None", "What does its last line do?", "Begin it with return.")
-        if not close_number(float(value), right):
+        value = need_number(value, "By which number is BA multiplied?", "Return lora_alpha / r, or lora_alpha / √r.")
+        if not close_number(value, right):
             raise Wrong(
-                f"for {json.dumps(fields)} you give {float(value):.4g}; PEFT multiplies by {right:.4g}",
+                f"for {json.dumps(fields)} you give {value:.4g}; PEFT multiplies by {right:.4g}",
                 "Which line of LoRALinear computes the scale, and with which values if a field is missing?",
                 "lora_alpha / r, or lora_alpha / √r with use_rslora; r and lora_alpha are 8 where they are missing.",
             )
@@ -108,7 +118,7 @@ def from_kohya(candidate: Callable[..., Any], hint: int = 1) -> Report:
 
     def translate(alpha: float | None = 7.0) -> tuple[Any, dict, dict[str, Tensor], int, dict[str, Tensor], dict]:
         model, some, tensors, r = draw(alpha)
-        answer = candidate(dict(tensors), list(linear_shapes(model)))
+        answer = candidate({key: tensor.clone() for key, tensor in tensors.items()}, list(linear_shapes(model)))
         if not isinstance(answer, tuple) or len(answer) != 2 or not all(isinstance(part, dict) for part in answer):
             raise Wrong(
                 "your function returns no pair of dictionaries", "What does the task ask for?", "(tensors, fields)"
@@ -133,9 +143,10 @@ def from_kohya(candidate: Callable[..., Any], hint: int = 1) -> Report:
             for factor, part in (("A", "lora_down"), ("B", "lora_up")):
                 theirs = tensors[f"lora_te_{name.replace('.', '_')}.{part}.weight"]
                 ours = found[f"{PREFIX}{name}.lora_{factor}.weight"]
-                if ours.shape != theirs.shape or not torch.equal(ours, theirs):
+                if not is_tensor(ours, theirs.shape) or not torch.equal(ours, theirs):
+                    words = f"shape {tuple(ours.shape)}" if isinstance(ours, Tensor) else f"a {type(ours).__name__}"
                     raise Wrong(
-                        f"lora_{factor} of {name!r} is not the file's {part}: shape {tuple(ours.shape)}, "
+                        f"lora_{factor} of {name!r} is not the file's {part}: {words}, "
                         f"expected {tuple(theirs.shape)} and the same values",
                         "Which factor reads the input, and is anything scaled or transposed on the way?",
                         "lora_down is A (r, in), lora_up is B (out, r), both unchanged; alpha belongs into the config.",

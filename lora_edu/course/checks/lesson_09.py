@@ -181,9 +181,9 @@ def mixed_linear(candidate: Callable[[Tensor, Tensor, Adapters, list[str]], Tens
     """One layer, one batch, several adapters. Exercise B1 of lesson 09."""
 
     def compare(x: Tensor, weight: Tensor, adapters: Adapters, names: list[str], question: str, fix: str) -> None:
-        untouched = x.clone()
-        found = candidate(x, weight, adapters, list(names))
-        right = row_by_row(untouched, weight, adapters, names)
+        untouched, right = x.clone(), row_by_row(x, weight, adapters, names)
+        theirs = {name: (a.clone(), b.clone(), scaling) for name, (a, b, scaling) in adapters.items()}
+        found = candidate(x, weight.clone(), theirs, list(names))
         if not is_tensor(found, right.shape):
             seen = shape_or_type(found)
             raise Wrong(f"for x {tuple(x.shape)} you return {seen}, expected {tuple(right.shape)}", question, fix)
@@ -292,7 +292,7 @@ def hot_swap(candidate: Callable[[dict[str, LoRALinear], dict[str, Tensor], floa
 
     def values() -> None:
         layers, tensors = adapted_layers()
-        candidate(layers, tensors, 12)
+        candidate(layers, {key: tensor.clone() for key, tensor in tensors.items()}, 12)
         for place, layer in layers.items():
             for key in ("lora_A", "lora_B"):
                 if not torch.equal(getattr(layer, key), tensors[f"{PREFIX}{place}.{key}.weight"]):

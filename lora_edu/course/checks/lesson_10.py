@@ -15,10 +15,13 @@ from lora_edu.course.checks.candidates import without
 from lora_edu.course.checks.report import Report, Step, Wrong, run_steps
 from lora_edu.course.checks.tools import (
     close_number,
+    is_number,
     is_several,
+    is_tensor,
     is_whole,
     known_slip,
     low_rank,
+    need_number,
     need_refusal,
     need_several,
     normal,
@@ -77,7 +80,7 @@ def same_training(candidate: Callable[..., Sequence[float]], hint: int = 1) -> R
     def answer(sigma: float, rate: float, k: float) -> tuple[float, float]:
         got = candidate(sigma, rate, k)
         given = f"sigma_A {sigma:.3f}, rate {rate:.4f}, k {k:.3f}: you return {got!r}"
-        if not is_several(got, 2):
+        if not is_several(got, 2) or not all(map(is_number, got)):
             raise Wrong(given, "Which two numbers does the task ask for?", rule)
         new = float(got[0]), float(got[1])
         if not all(math.isfinite(value) and value > 0 for value in new):
@@ -198,10 +201,11 @@ def amplification(candidate: Callable[[Tensor, Tensor, int], float], hint: int =
         for _ in range(3):
             r = random.randint(2, 4)
             W, delta = drawn(None if full else r, tall)
-            value = candidate(W, delta, r)
-            if isinstance(value, Tensor) and value.numel() != 1:
+            value = candidate(W.clone(), delta.clone(), r)
+            if not (is_number(value) or is_tensor(value, ())):
+                seen = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
                 raise Wrong(
-                    f"W is {tuple(W.shape)}, r = {r}: you return a tensor of shape {tuple(value.shape)}",
+                    f"W is {tuple(W.shape)}, r = {r}: you return {seen}",
                     "Which two norms are divided?",
                     "One number: delta.norm() / (U[:, :r].T @ W @ Vh[:r].T).norm().",
                 )
@@ -291,6 +295,8 @@ def pick_best(candidate: Callable[[list[Run]], Sequence[Any]], hint: int = 1) ->
             ) from None
         question, fix = "What does the task want to know about the choice?", "Return Choice(rate, mean, sd, at_edge)."
         rate, mean, sd, at_edge = need_several(got, 4, "four values", question, fix)
+        for number in (rate, mean, sd):
+            need_number(number, question, fix)
         return rate, mean, sd, at_edge
 
     def check_rate(got: float, right: float, losses: Losses) -> None:
@@ -624,8 +630,9 @@ def fair_difference(candidate: Callable[[list[Run], list[Run]], Sequence[Any]], 
 
     def asked(a: Losses, b: Losses) -> tuple[float, float, int]:
         got = candidate(runs_of(a), runs_of(b))
-        mean, sd, n = need_several(got, 3, "three values", "How far, how sure, from how many?", fix)
-        return mean, sd, n
+        for number in need_several(got, 3, "three values", "How far, how sure, from how many?", fix):
+            need_number(number, "How far, how sure, from how many?", fix)
+        return got[0], got[1], got[2]
 
     def drawn(sign: int, only_a: int = 0, only_b: int = 0) -> tuple[Losses, Losses, float, float, list[float]]:
         """Two sweeps in which a seed is good or bad for both, with both best rates and the right differences."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -43,7 +44,7 @@ def labels_without_padding(candidate: Callable[[Tensor, Tensor], Tensor], hint: 
         return ids, mask
 
     def labels_of(ids: Tensor, mask: Tensor) -> Tensor:
-        labels = candidate(ids, mask)
+        labels = candidate(ids.clone(), mask.clone())
         if not is_tensor(labels, ids.shape):
             raise Wrong(
                 f"for input_ids of shape {tuple(ids.shape)} your labels are {shape_or_type(labels)}",
@@ -90,7 +91,7 @@ def labels_without_padding(candidate: Callable[[Tensor, Tensor], Tensor], hint: 
     def inputs_untouched() -> None:
         ids, mask = batch()
         before = ids.clone()
-        labels_of(ids, mask)
+        candidate(ids, mask)
         if not torch.equal(before, ids):
             raise Wrong(
                 "your function changes input_ids: the model would be fed -100 as a token",
@@ -111,8 +112,13 @@ def linear_layers_of_block(candidate: Callable[[nn.Module, int], list[str]], hin
     """Exercise A2: ``candidate(model, index)`` names the linear layers of one block, and of no other."""
 
     def compare(model: nn.Module, index: int, container: str) -> None:
-        names = sorted(candidate(model, index))
         modules = dict(model.named_modules())
+        answer = candidate(model, index)
+        if not isinstance(answer, list | tuple | set):
+            raise Wrong(f"you return {answer!r:.60}", "What comes back?", "Return a list of names.")
+        names = sorted(map(str, answer))
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise Wrong(f"you return {twice[0]!r} twice", "How often does named_modules() give it?", "Each name once.")
         if unknown := [name for name in names if name not in modules]:
             raise Wrong(
                 f"{unknown[0]!r} is no module of the model", "Where do names come from?", "model.named_modules()"
@@ -167,16 +173,17 @@ def linear_layers_of_block(candidate: Callable[[nn.Module, int], list[str]], hin
 def merging_layer(candidate: Callable[[nn.Linear, Tensor, Tensor, float], Any], hint: int = 1) -> Report:
     """Exercise B1: ``candidate(linear, lora_A, lora_B, scaling)``, which merges without counting twice."""
 
-    def build() -> tuple[Any, Tensor, Tensor, Tensor]:
+    def build() -> tuple[Any, nn.Linear, Tensor, Tensor]:
+        """The learner's layer, a copy of the linear one, an input, and the update."""
         outputs, inputs, r, scaling = random.randint(5, 8), random.randint(9, 12), random.randint(2, 4), 1.5
         linear = nn.Linear(inputs, outputs).double()
         a, b = normal(r, inputs), normal(outputs, r)
-        base, update = linear.weight.detach().clone(), scaling * b @ a
-        return candidate(linear, a, b, scaling), normal(3, 2, inputs), base, update
+        layer = candidate(copy.deepcopy(linear), a.clone(), b.clone(), scaling)
+        return layer, linear, normal(3, 2, inputs), scaling * b @ a
 
-    def expect(layer: Any, x: Tensor, base: Tensor, update: Tensor, when: str) -> None:
+    def expect(layer: Any, linear: nn.Linear, x: Tensor, update: Tensor, when: str) -> None:
         with torch.no_grad():
-            got = layer(x) - x @ base.T - layer.linear.bias
+            got = layer(x) - linear(x)
             right = x @ update.T
         times = factor_between(got, right)
         shown = f"{round(times, 1) + 0.0:.1f}"  # adding zero turns "-0.0" into "0.0"
@@ -192,34 +199,41 @@ def merging_layer(candidate: Callable[[nn.Linear, Tensor, Tensor, float], Any], 
         expect(*build(), "before any merge")
 
     def once() -> None:
-        layer, x, base, update = build()
+        layer, linear, x, update = build()
         layer.merge()
-        expect(layer, x, base, update, "after one merge")
+        expect(layer, linear, x, update, "after one merge")
 
     def in_weight() -> None:
-        layer, _, base, update = build()
+        layer, linear, _, update = build()
+        before = {name: getattr(layer, name).detach().clone() for name in ("lora_A", "lora_B")}
         layer.merge()
-        if not close(layer.linear.weight.detach(), base + update):
+        if not close(layer.linear.weight.detach(), linear.weight + update):
             raise Wrong(
                 "after merge, linear.weight is not W + s·BA: somebody who saves the weight saves something else",
                 "What should a merged weight be worth without the adapter?",
                 "self.linear.weight.data += self.scaling * self.lora_B @ self.lora_A",
             )
+        if lost := [name for name, value in before.items() if not torch.equal(getattr(layer, name), value)]:
+            raise Wrong(
+                f"after merge, {lost[0]} is no longer what it was",
+                "From what would the update be taken out of the weight again, or saved by itself?",
+                "merge writes into linear.weight and remembers in self.merged that it did; nothing else changes.",
+            )
 
     def twice() -> None:
-        layer, x, base, update = build()
+        layer, linear, x, update = build()
         layer.merge()
         layer.merge()
-        expect(layer, x, base, update, "after two merges")
+        expect(layer, linear, x, update, "after two merges")
 
     def back() -> None:
-        layer, x, base, update = build()
+        layer, linear, x, update = build()
         layer.unmerge()
-        expect(layer, x, base, update, "after unmerge without a merge")
+        expect(layer, linear, x, update, "after unmerge without a merge")
         layer.merge()
         layer.unmerge()
-        expect(layer, x, base, update, "after merge and unmerge")
-        if not close(layer.linear.weight.detach(), base):
+        expect(layer, linear, x, update, "after merge and unmerge")
+        if not close(layer.linear.weight.detach(), linear.weight):
             raise Wrong(
                 "after unmerge the pretrained weight is not back",
                 "What does merge add? Does your unmerge take away the same, and only when it is there?",
@@ -267,8 +281,11 @@ class Reader(nn.Module):
         )
 
 
-def broken(fault: str, blocks: int | None = None) -> tuple[nn.Module, dict[str, Tensor]]:
-    """A small model with LoRA, and one batch, with one of the faults in ``VERDICTS``."""
+def broken(fault: str, blocks: int | None = None, in_gradient: bool = False) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A small model with LoRA, and one batch, with one of the faults in ``VERDICTS``.
+
+    With ``in_gradient`` a run that is not finite has a finite loss: only one of its gradients is not.
+    """
     width, words = random.choice([6, 10]), random.choice([17, 23])
     model = Reader(width, words, blocks or random.randint(2, 4))
     inject(model, LoraConfig(r=2, lora_alpha=3, target_modules=["up_proj"]))
@@ -284,6 +301,8 @@ def broken(fault: str, blocks: int | None = None) -> tuple[nn.Module, dict[str, 
         random.choice([p for p in model.parameters() if not p.requires_grad]).requires_grad_(True)
     elif fault == "no gradient":
         model.cut = True
+    elif fault == "not finite" and in_gradient:
+        next(p for p in lora if not p.any()).register_hook(lambda gradient: gradient * torch.inf)  # a B, which has one
     elif fault == "not finite":
         random.choice(lora).data[0, 0] = float("nan")
     return model, {"input_ids": ids, "labels": labels}
@@ -338,6 +357,7 @@ def triage(candidate: Callable[[nn.Module, dict[str, Tensor]], str], hint: int =
         ("one block is cut off", lambda: says("no gradient")),
         ("everything is cut off", cut_everywhere),
         ("the model is as it was", untouched),
+        ("a finite loss with a gradient that is not", lambda: says("not finite", in_gradient=True)),
     ]
     return run_steps("triage", steps, hint)
 
@@ -413,13 +433,15 @@ def honest_split(
             )
 
     def polite() -> None:
-        random.seed(3)
-        expected = random.random()
-        random.seed(3)
+        def states() -> dict[str, Any]:
+            numpy: Any = np.random.get_state()
+            return {"Python": random.getstate(), "PyTorch": torch.get_rng_state().tolist(), "NumPy": numpy[1].tolist()}
+
+        before = states()
         candidate([{"word": word, "pos": "noun", "definition": word} for word in "abcdef"], 0.5, 1)
-        if random.random() != expected:
+        if used := [name for name, state in states().items() if state != before[name]]:
             raise Wrong(
-                "your function reseeds or uses up Python's own random numbers",
+                f"your function reseeds or uses up {used[0]}'s own random numbers",
                 "Whose numbers are they?",
                 "A generator of your own: random.Random(seed).",
             )

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_edu.course.checks.candidates import AUTOGRAD, without
 from lora_edu.course.checks.report import Report, Wrong, run_steps
 from lora_edu.course.checks.tools import (
     Operations,
@@ -158,6 +159,12 @@ def called(candidate: Backward, case: Case, need_x: bool = True) -> tuple[Any, T
     return got[0], got[1], got[2]
 
 
+@without(
+    *AUTOGRAD,
+    symptom="you let autograd differentiate; this exercise is the backward pass itself",
+    question="∂L/∂h = s · Bᵀ gᵀ. Which products lead from it to A and to x, and which from h to B?",
+    fix=FIX,
+)
 def fused_backward(candidate: Backward, hint: int = 1) -> Report:
     """Exercise B1: ``candidate(g, x, W, A, B, h, s, need_x=True)`` returns the gradients of x, A and B."""
 

@@ -103,6 +103,20 @@ def is_number(value: Any) -> bool:
     return isinstance(value, float) or is_whole(value)
 
 
+def need_number(value: Any, question: str, fix: str) -> float:
+    """The value if it is a number."""
+    if not is_number(value):
+        raise Wrong(f"you return {value!r}: expected a number", question, fix)
+    return value
+
+
+def need_whole(value: Any, question: str, fix: str) -> int:
+    """The value if it is a whole number."""
+    if not is_whole(value):
+        raise Wrong(f"you return {value!r}: expected a whole number", question, fix)
+    return value
+
+
 def is_several(value: Any, number: int) -> bool:
     """A tuple or list with so many entries."""
     return isinstance(value, tuple | list) and len(value) == number
