@@ -69,7 +69,14 @@ WAYS: dict[str, dict[str, Any]] = {
     "full, compiled and captured": {"compile": True, "capture": True, "large": True},
     # The compiler tries several kernels for each product, some of which add LoRA's update on the way: minutes more.
     "plain, autotuned and captured": {"lora": "ours", "compile": True, "capture": True, "mode": AUTOTUNED},
-}
+    # What PEFT does by default, and what full fine-tuning is where small updates are not to be lost.
+    "plain, fp32 adapter, compiled": {"lora": "ours", "autocast_adapter_dtype": True, "compile": True, "extra": True},
+    "fast, fp32 adapter, compiled and captured": {
+        "lora": "ours", "fast": True, "autocast_adapter_dtype": True, "compile": True, "capture": True, "extra": True,
+    },
+    "full, fp32 states": {"float32": True, "extra": True},
+    "full, fp32 states, compiled": {"float32": True, "compile": True, "extra": True},
+}  # fmt: skip
 COMPILED = 0.75  # of eager activations: 0.69 to 0.75 in the record
 SPARE = 0.05  # of the memory, for CUDA's context and what PyTorch keeps in pieces
 TOY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 256}
@@ -110,8 +117,9 @@ class Step:
     """
 
     def __init__(self, base: nn.Module, way: dict[str, Any], ids: Tensor, full: "Step | None", pool: Any):
-        self.ids = ids
-        self.model = on_the_same_weights(base)
+        self.ids, self.autocast = ids, way.get("float32", False)
+        # Float32 weights are their own master copy: autocast computes in bfloat16, and the update is not rounded.
+        self.model = copy.deepcopy(base).float() if self.autocast else on_the_same_weights(base)
         torch.manual_seed(SEED)
         autocast = way.get("autocast_adapter_dtype", False)
         settings: dict[str, Any] = {"r": R, "lora_alpha": R, "target_modules": "all-linear"}
@@ -125,7 +133,7 @@ class Step:
             compile_blocks(self.model, mode=way.get("mode"))
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5, weight_decay=0.0, fused=CUDA, capturable=CUDA)
-        if full and "lora" not in way:
+        if full and "lora" not in way and not self.autocast:
             for p, same in zip(self.trained, full.trained, strict=True):
                 self.optimizer.state[p] = full.optimizer.state[same]
         self.losses: list[Tensor] = []
@@ -138,13 +146,14 @@ class Step:
         if way.get("capture") and CUDA:
             self.run = capture_step(self.eager, pool=pool)
         self()
-        adapters = self.trained if "lora" in way else []
+        weights = [*(self.model if self.autocast else base).parameters(), *(self.trained if "lora" in way else [])]
         moments = [tensor for state in self.optimizer.state.values() for tensor in state.values()]
-        self.peak = nbytes([*base.parameters(), *adapters, *moments]) + peak() - start  # as if alone on the device
+        self.peak = nbytes([*weights, *moments]) + peak() - start  # as if alone on the device
 
     def eager(self) -> Tensor:
         """Forward, backward, optimizer."""
-        loss = self.model(input_ids=self.ids, labels=self.ids, use_cache=False).loss
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=self.autocast):
+            loss = self.model(input_ids=self.ids, labels=self.ids, use_cache=False).loss
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -162,7 +171,12 @@ def estimate(base: nn.Module, way: dict[str, Any], batch: int, tokens: int) -> M
     if "lora" in way:
         recipe = ("lora", "fp32-adapter" if way.get("autocast_adapter_dtype") else "bf16")
     found = training_memory(base, *recipe, r=R, target_modules="all-linear", batch=batch, tokens=tokens)
-    return replace(found, activations=(found.activations or 0) * (COMPILED if way.get("compile") else 1))
+    activations = (found.activations or 0) * (COMPILED if way.get("compile") else 1)
+    if not way.get("float32"):
+        return replace(found, activations=activations)
+    states = training_memory(base, "full", "fp32")  # beside the base that the others share; autocast keeps its casts
+    own = {"adapter": states.base, "moments": states.moments, "gradients": states.gradients}
+    return replace(found, **own, activations=activations + found.base)
 
 
 def together(needs: dict[str, MemoryEstimate]) -> float:
@@ -172,7 +186,7 @@ def together(needs: dict[str, MemoryEstimate]) -> float:
     for name in [*(name for name in needs if name not in captures), *captures]:
         need = needs[name]
         passing = max(need.gradients, need.activations or 0)
-        if "lora" in WAYS[name]:
+        if "lora" in WAYS[name] or WAYS[name].get("float32"):
             held += need.adapter + need.moments
         else:
             shared = need.moments  # all that train the weights themselves share their moments
@@ -228,7 +242,9 @@ def prepare(
             if name in steps:  # once more at the end: a capture that failed can have spoilt earlier ones
                 steps[name]()
             elif name not in failed:
-                full = next((step for other, step in steps.items() if "lora" not in WAYS[other]), None)
+                full = next(
+                    (step for other, step in steps.items() if not WAYS[other].keys() & {"lora", "float32"}), None
+                )
                 steps[name] = Step(base, WAYS[name], ids, full, pool)
                 seconds, graphs = round(time.perf_counter() - start, 1), counters["stats"]["unique_graphs"] - graphs
                 ready[name] = {"ready_seconds": seconds, "compiled_graphs": graphs}
@@ -343,14 +359,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "data" / "runs" / "speed_7b.json")
     parser.add_argument("--shape", type=shape, nargs="+", help="batch x tokens, one or several, as 1x512 4x512 16x512")
-    parser.add_argument("--ways", default=None, help="only these, separated by ';' (default: all but autotuned)")
+    parser.add_argument(
+        "--ways", default=None, help="only these, separated by ';' (default: all but autotuned and fp32 ones)"
+    )
     parser.add_argument("--rounds", type=int, default=24)
     parser.add_argument("--toy", action="store_true", help="a tiny model, to try the script")
     arguments = parser.parse_args()
     if not CUDA and not arguments.toy:
         print("speed_7b needs a GPU and found none: nothing was measured (--toy tries the script)")
         return
-    asked = arguments.ways.split(";") if arguments.ways else [name for name, way in WAYS.items() if "mode" not in way]
+    asked = (
+        arguments.ways.split(";")
+        if arguments.ways
+        else [name for name, way in WAYS.items() if not way.keys() & {"mode", "extra"}]
+    )
     if unknown := set(asked) - WAYS.keys():
         parser.error(f"--ways: no way {min(unknown)!r}; there are: {'; '.join(WAYS)}")
     torch._dynamo.config.recompile_limit = 64  # every way has compiled blocks of its own

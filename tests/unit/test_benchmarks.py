@@ -146,7 +146,7 @@ def test_peft_speed_names_an_unknown_shape(peft_speed):
     assert "--quick" in peft_speed("--help").stdout
 
 
-@pytest.mark.parametrize("name", ["memory_7b", "speed_7b"])
+@pytest.mark.parametrize("name", ["memory_7b", "speed_7b", "loss_8b"])
 def test_without_a_gpu_they_say_so_and_pass(name, monkeypatch, capsys, tmp_path):
     out = tmp_path / "none.json"
     monkeypatch.setattr(sys, "path", [*sys.path])
@@ -306,7 +306,11 @@ def test_speed_7b_s_estimates_are_those_of_its_record():
 def test_speed_7b_leaves_out_what_does_not_fit(gib, batch, left_out, monkeypatch):
     speed_7b = script("speed_7b")
     monkeypatch.setattr(speed_7b, "capacity", lambda: gib * 2**30)
-    names = [name for name, way in speed_7b.WAYS.items() if "mode" not in way and not (batch > 8 and "large" in way)]
+    names = [
+        name
+        for name, way in speed_7b.WAYS.items()
+        if not way.keys() & {"mode", "extra"} and not (batch > 8 and "large" in way)
+    ]
     chosen, skipped = speed_7b.that_fit(meta_model("llama-7b"), names, batch, 512)
     assert skipped == left_out
     assert chosen == [name for name in names if name not in left_out]
@@ -456,3 +460,39 @@ def test_the_recorded_ways_hold_together():
                 "full" not in name and name != "peft, fp32 adapter"
             ):  # no more than PEFT's, but for 0.2 GiB that a graph keeps
                 assert way["peak_bytes"] <= ways["peft"]["peak_bytes"] + 0.2 * 2**30
+
+
+def test_loss_8b_runs_on_a_toy(monkeypatch, capsys, tmp_path):
+    out = tmp_path / "toy.json"
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "argv", ["loss_8b.py", "--toy", "--rounds", "1", "--out", str(out)])
+    loss_8b = script("loss_8b")
+    monkeypatch.setattr(loss_8b, "LigerFusedLinearCrossEntropyLoss", None)
+    monkeypatch.setattr(loss_8b.torch, "compile", lambda function, **options: function)
+    loss_8b.main()
+    assert "pieces of 512" in capsys.readouterr().out
+    ways = json.loads(out.read_text(encoding="utf-8"))["ways"]
+    assert {line["loss"] for line in ways.values()} == {ways["whole"]["loss"]}
+
+
+def test_the_recorded_loss_in_pieces_needs_a_third_and_no_more_time():
+    path = data_path("runs", "loss_8b.json")
+    record = json.loads(path.read_text(encoding="utf-8"))
+    assert hashlib.sha256(path.read_bytes()).hexdigest() in data_path("README.md").read_text(encoding="utf-8")
+    ways = record["ways"]
+    for line in ways.values():
+        ratios = [a / b for a, b in zip(line["steps_ms"], ways["whole"]["steps_ms"], strict=True)]
+        assert line["against_whole"] == pytest.approx(median(ratios), abs=1e-3)
+    assert ways["pieces of 512"]["activations_bytes"] <= 0.35 * ways["whole"]["activations_bytes"]
+    assert ways["pieces of 512"]["against_whole"] <= 1.03
+
+
+def test_recorded_float32_adapters_cost_little_in_the_fused_layer():
+    path = data_path("runs", "speed_7b_fp32.json")
+    lines = json.loads(path.read_text(encoding="utf-8"))["shapes"]
+    assert hashlib.sha256(path.read_bytes()).hexdigest() in data_path("README.md").read_text(encoding="utf-8")
+    half, whole = "fast, compiled and captured", "fast, fp32 adapter, compiled and captured"
+    found = [line["ways"] for line in lines if whole in line["ways"]]
+    assert len(found) == 6
+    for ways in found:
+        assert median(a / b for a, b in zip(ways[whole]["steps_ms"], ways[half]["steps_ms"], strict=True)) <= 1.10
