@@ -1,4 +1,4 @@
-"""The loss over the output head, a few tokens at a time: all logits are never there at once. Built in lesson 24.
+"""The loss over the output head, a few tokens at a time: all logits are never there at once.
 
 A vocabulary of 128,256 makes the logits of 8,192 tokens 2 GiB in bfloat16, and the loss a multiple of that: its float32
 copy, the softmax, the gradient. But the loss is a sum over tokens, and a frozen head needs no gradient of its own. So
@@ -22,7 +22,7 @@ SCALED_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale")  # 
 
 
 def loss_in_pieces(model: PreTrainedModel, input_ids: Tensor, labels: Tensor, rows: int = 512, **inputs: Any) -> Tensor:
-    """The loss of ``model(input_ids=..., labels=...)`` and its gradients, without all the logits. Built in lesson 24.
+    """The loss of ``model(input_ids=..., labels=...)`` and its gradients, without all the logits.
 
     Args:
         model: a decoder of transformers whose output head is a frozen ``nn.Linear`` without adapter.
