@@ -158,10 +158,10 @@ LIBRARY = {
     "the layer": ("lora_layer", LoRALinear, "the library's own layer, lora_edu.core.layer.LoRALinear"),
     "another name for it": ("mended_note", core_layer.LoRALinear, "the library's own layer"),
     "the layer, partly called": ("lora_layer", partial(LoRALinear, lora_dropout=0.0), "the library's own layer"),
-    "a class derived from it": ("lora_layer", Derived, "your class derives from another"),
-    "a class derived from PEFT's": ("lora_layer", Inherited, "your class derives from another"),
+    "a class derived from it": ("lora_layer", Derived, "your class derives from the library's own layer"),
+    "a class derived from PEFT's": ("lora_layer", Inherited, "your class derives from the library's own code, peft."),
     "a function around it": ("lora_layer", lambda *a, **k: LoRALinear(*a, **k), "the library's own layer"),
-    "the layer in a box": ("lora_layer", Wrapped, "inside your layer works another"),
+    "the layer in a box": ("lora_layer", Wrapped, "inside yours works the library's own layer"),
     "the layer in disguise": ("lora_layer", Disguised, "the library's own layer"),
     "PEFT's layer": ("lora_layer", peft.tuners.lora.Linear, "the library's own layer, peft."),
     "a function": ("rank_r_approximation", lowrank.low_rank_approximation, "the library's own code"),
@@ -196,6 +196,20 @@ def test_what_is_the_librarys_own_is_named(case: str) -> None:
     assert report.status == "failed", report.text
     assert symptom in report.symptom, report.text
     assert sys.getprofile() is None
+
+
+def svd(W: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """A function of the learner's own, which only has a name that the check looks for."""
+    A = torch.randn(r, W.shape[1], dtype=W.dtype)
+    for _ in range(40):
+        B = torch.linalg.lstsq(A.T, W.T).solution.T
+        A = torch.linalg.lstsq(B, W).solution
+    return B, A
+
+
+def test_a_learners_own_function_may_have_any_name() -> None:
+    report = checks.fitted_factors(lambda W, r: svd(W, r))
+    assert report.status == "passed", report.text
 
 
 class Number(enum.IntEnum):

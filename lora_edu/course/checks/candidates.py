@@ -84,10 +84,10 @@ def need_own_work(candidate: Any) -> None:
     for origin in candidate.__mro__ if isinstance(candidate, type) else [candidate]:
         if not belongs_to(origin, PACKAGES if origin is candidate else LIBRARIES):
             continue
-        is_layer = isinstance(origin, type) and issubclass(origin, nn.Module)
-        derived = "" if origin is candidate else "your class derives from another: "
+        kind = "layer" if isinstance(origin, type) and issubclass(origin, nn.Module) else "code"
         raise Wrong(
-            f"{derived}this is the library's own {'layer' if is_layer else 'code'}, {full_name(origin)}",
+            f"{'this is' if origin is candidate else 'your class derives from'} the library's own {kind}, "
+            f"{full_name(origin)}",
             "Which lines of it did you write?",
             "Write it yourself, and compare with the library's afterwards.",
         )
@@ -97,9 +97,9 @@ def need_own_layer(layer: nn.Module) -> None:
     """Raise ``Wrong`` if the layer, or one that a layer of the learner's own holds, is one of lora_edu or PEFT."""
     for module in [layer] if is_known(type(layer)) else layer.modules():
         if belongs_to(type(module), LIBRARIES):
-            inside = "" if module is layer else "inside your layer works another: "
             raise Wrong(
-                f"{inside}this is the library's own layer, {full_name(type(module))}",
+                f"{'this is' if module is layer else 'inside yours works'} the library's own layer, "
+                f"{full_name(type(module))}",
                 "Which lines of it did you write?",
                 "Write the two factors and the forward pass yourself, and compare with the library's afterwards.",
             )
@@ -233,9 +233,8 @@ def noting_calls(seen: list[str]) -> Iterator[None]:
         if module.startswith(__package__):
             return
         if event == "c_call":
-            name = function.__name__.removeprefix("linalg_").removeprefix(
-                "special_"
-            )  # PyTorch's C calls svd linalg_svd
+            # what is torch.linalg.svd in Python is called linalg_svd in C
+            name = function.__name__.removeprefix("linalg_").removeprefix("special_")
             seen.extend([name, type(getattr(function, "__self__", None)).__name__])
         elif event == "call" and is_installed(frame.f_code.co_filename):
             seen.append(f"{module}.{frame.f_code.co_name}")

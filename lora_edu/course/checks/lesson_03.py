@@ -562,11 +562,9 @@ def last_tolerated(results: Mapping[float, Sequence[float]], limit: float) -> fl
 
 
 def drawn_results(limit: float) -> dict[float, list[float]]:
-    """Losses of some rates in any order; the larger ones are likelier to fail, and some losses equal the limit."""
-    rates, draws = (
-        random.sample([0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1], random.randint(2, 6)),
-        random.randint(1, 4),
-    )
+    """Losses of some rates in any order: at the limit or below, and a few above it, NaN or infinite."""
+    rates = random.sample([0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1], random.randint(2, 6))
+    draws = random.randint(1, 4)
     fails = random.uniform(0, 0.4)
     results = {}
     for rate in rates:

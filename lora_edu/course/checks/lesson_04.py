@@ -432,8 +432,7 @@ def save_and_load(save: Callable[[Any, Path], Any], load: Callable[[Any, Path], 
                     ) from None
                 if not isinstance(error, ValueError):
                     raise Wrong(
-                        f"a file {what} raises {type(error).__name__}: {str(error).splitlines()[0]:.80}; "
-                        "expected ValueError",
+                        f"a file {what} raises {type(error).__name__}: {error!s:.80}; expected ValueError",
                         "Do you compare keys and shapes yourself, before PyTorch or a dictionary stumbles over them?",
                         fix,
                     ) from None
