@@ -187,12 +187,12 @@ def test_of_two_that_are_as_old_the_one_as_handed_out(folder, sort):
 
 def test_zips_are_unpacked(folder, sort):
     inner = zipped((f"deep/{OTHER}.ipynb", (SOLUTIONS / f"{OTHER}.ipynb").read_bytes()), ("deep/mine.txt", b"my text"))
-    put(folder / "ada" / "hand in.ZIP", zipped((f"work/{NAME}.ipynb", SOLVED.read_bytes()), ("more.zip", inner)))
+    put(folder / "ada" / "hand in.ZIP", zipped((f"drafts/{NAME}.ipynb", SOLVED.read_bytes()), ("more.zip", inner)))
     put(folder / "ben.zip", zipped((f"{NAME} (1).ipynb", SOLVED.read_bytes())))
     put(folder / "cleo__all.zip", zipped((f"{NAME}.ipynb", SOLVED.read_bytes())))
     found = sort()
     assert graded(found) == [
-        ("ada", NAME, f"ada/hand in.ZIP/work/{NAME}.ipynb"),
+        ("ada", NAME, f"ada/hand in.ZIP/drafts/{NAME}.ipynb"),
         ("ada", OTHER, f"ada/hand in.ZIP/more.zip/deep/{OTHER}.ipynb"),
         ("ben", NAME, f"ben.zip/{NAME} (1).ipynb"),
         ("cleo", NAME, f"cleo__all.zip/{NAME}.ipynb"),
@@ -303,14 +303,14 @@ def test_the_times_in_a_zip_count(folder, sort):
 def test_links_are_listed_and_not_followed(folder, sort, tmp_path):
     put(tmp_path / "elsewhere" / f"{NAME}.ipynb")
     (folder / "ada").mkdir()
-    (folder / "ada" / "work").symlink_to(tmp_path / "elsewhere")
+    (folder / "ada" / "drafts").symlink_to(tmp_path / "elsewhere")
     (folder / "ada" / f"{NAME}.ipynb").symlink_to(tmp_path / "elsewhere" / f"{NAME}.ipynb")
     (folder / "ben").symlink_to(tmp_path / "elsewhere")
     (folder / "cleo__gone.ipynb").symlink_to(tmp_path / "nowhere")
     found = sort()
     assert graded(found) == []
     assert reasons(found) == {
-        "ada/work": "a link to a folder, which is not followed",
+        "ada/drafts": "a link to a folder, which is not followed",
         f"ada/{NAME}.ipynb": "a link, not a file",
         "ben": "a link to a folder, which is not followed",
         "cleo__gone.ipynb": "a link, not a file",
@@ -319,18 +319,18 @@ def test_links_are_listed_and_not_followed(folder, sort, tmp_path):
 
 
 def test_a_folder_that_may_not_be_read(folder, sort, monkeypatch):
-    put(folder / "ada" / "work" / f"{NAME}.ipynb")
+    put(folder / "ada" / "drafts" / f"{NAME}.ipynb")
     put(folder / "ben" / f"{NAME}.ipynb")
     scandir = os.scandir
 
     def refuse(path):
-        if str(path).endswith("work"):
+        if str(path).endswith("drafts"):
             raise PermissionError(13, "Permission denied", str(path))
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
     found = sort()
-    assert reasons(found) == {"ada/work": "cannot be read (Permission denied)"}
+    assert reasons(found) == {"ada/drafts": "cannot be read (Permission denied)"}
     assert [student for student, *_ in graded(found)] == ["ben"]
 
 
