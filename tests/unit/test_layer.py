@@ -241,3 +241,19 @@ def test_an_embedding_with_a_scale_after_the_look_up():
     adapted = layer(x)
     layer.merge()
     assert torch.allclose(base(x), adapted, rtol=1e-12)
+
+
+def test_adapters_merged_in_either_order_give_the_same_bits():
+    """A sum in float32 depends on its order: the innermost comes first, whichever was merged first."""
+    torch.manual_seed(0)
+    base = nn.Linear(64, 64)
+    merged = []
+    for order in ((0, 1, 2), (2, 1, 0), (1, 2, 0)):
+        torch.manual_seed(1)
+        layers = [copy.deepcopy(base)]
+        for name in ("inner", "middle", "outer"):
+            layers.append(LoRALinear(layers[-1], r=4, init_lora_weights=False, adapter_name=name))
+        for index in order:
+            layers[1 + index].merge()
+        merged.append(layers[0].weight.clone())
+    assert all(torch.equal(merged[0], other) for other in merged[1:])
