@@ -102,7 +102,7 @@ def inject(
         plan = plan_injection(model, config, context)
     if plan.layers and (left_out := experts_left_out(model, plan.config, plan.layers)):
         warn_caller(str(left_out), LeftOutWarning)
-    fused = sum(make_fast(layer) for layer in plan.layers.values()) if fast else 0
+    fused = make_fast(plan.layers) if fast else 0
     carry_out(model, plan)
     warn_if_not_averaged(wrapper)
     trainable, total = count_parameters(model)

@@ -110,14 +110,15 @@ def method_of(config: Any) -> Method:
     raise ValueError(f"no method here serves a {type(config).__name__}; a method's file calls register(...)")
 
 
-_FAST_FORMS: list[Callable[[AdapterLayer], bool]] = []
+FastForm = Callable[[Mapping[str, AdapterLayer]], int]
+_FAST_FORMS: list[FastForm] = []
 
 
-def register_fast_form(turn: Callable[[AdapterLayer], bool]) -> None:
-    """Make a way known to turn a layer into a faster form of itself; it returns whether it did."""
-    _FAST_FORMS.insert(0, turn)
+def register_fast_form(turn: FastForm) -> None:
+    """Make a way known to turn an injection's layers, by name, into faster forms; it returns how many it turned."""
+    _FAST_FORMS.append(turn)
 
 
-def make_fast(layer: AdapterLayer) -> bool:
-    """Turn a layer into its fast form, if there is one."""
-    return any(turn(layer) for turn in _FAST_FORMS)
+def make_fast(layers: Mapping[str, AdapterLayer]) -> int:
+    """Turn layers into their fast forms where there are some; returns how many."""
+    return sum(turn(layers) for turn in _FAST_FORMS)

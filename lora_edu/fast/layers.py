@@ -7,15 +7,18 @@ with hooks or a forward of its own) goes through the class's plain forward.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_edu.core.adapter import AdapterLayer
 from lora_edu.core.methods import register_fast_form
 from lora_edu.fast.function import lora_linears
+from lora_edu.fast.siblings import Siblings, introduce
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 KINDS = (nn.Linear, Conv1D)
@@ -24,13 +27,15 @@ KINDS = (nn.Linear, Conv1D)
 class FusedForward:
     """Put before a layer's class: its forward pass by ``lora_linears`` where that computes the same."""
 
+    siblings: Siblings | None = None
+
     def forward(self: Any, x: Tensor) -> Tensor:
         """The class's own forward, faster where it can be."""
         if not self.is_covered():
             return super().forward(x)  # type: ignore[misc]
-        lora_A, lora_B, scaling, dropout_p = self.factors()
-        weight = self.weight.T if isinstance(self.frozen, Conv1D) else self.weight  # GPT-2's is (in, out)
-        return lora_linears(x, [(weight, self.bias, lora_A, lora_B)], [scaling], [dropout_p])[0]
+        if self.siblings is not None and torch.is_grad_enabled():
+            return self.siblings.output(self, x)
+        return together(x, [self])[0]
 
     def is_covered(self: Any) -> bool:
         """Whether ``lora_linears`` computes what the plain forward would."""
@@ -42,6 +47,17 @@ class FusedForward:
         """How to copy and pickle a layer whose class was made here and cannot be found by its name."""
         classes = type(self).__mro__
         return new_fused, (classes[classes.index(FusedForward) + 1],), self.__dict__
+
+
+def together(x: Tensor, layers: list[Any]) -> tuple[Tensor, ...]:
+    """The outputs of fused layers that read the same x."""
+    tensors, scalings, dropouts = [], [], []
+    for layer in layers:
+        lora_A, lora_B, scaling, dropout_p = layer.factors()
+        tensors.append((layer.oriented(layer.weight), layer.bias, lora_A, lora_B))  # (out, in), GPT-2's too
+        scalings.append(scaling)
+        dropouts.append(dropout_p)
+    return lora_linears(x, tensors, scalings, dropouts)
 
 
 PLAIN = tuple(kind.forward for kind in KINDS)
@@ -59,6 +75,13 @@ def new_fused(layer_class: Any) -> AdapterLayer:
     return fused.__new__(fused)
 
 
+def fuse_all(layers: Mapping[str, AdapterLayer]) -> int:
+    """Give the layers of one injection the fused forward pass where it can be had; returns how many have it now."""
+    fused = {name: layer for name, layer in layers.items() if fuse(layer)}
+    introduce(fused, together)
+    return len(fused)
+
+
 def fuse(layer: AdapterLayer) -> bool:
     """Give a layer the fused forward pass, if it has factors around a linear layer; returns whether it did.
 
@@ -71,4 +94,4 @@ def fuse(layer: AdapterLayer) -> bool:
     return True
 
 
-register_fast_form(fuse)
+register_fast_form(fuse_all)

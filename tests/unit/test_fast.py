@@ -1,6 +1,7 @@
 """The fused LoRA layer: values and gradients are the plain layer's; what it does not cover, it leaves alone."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -308,6 +309,10 @@ def assert_same_step(fast, plain_model):
             assert torch.allclose(one.grad, other.grad, rtol=1e-9, atol=1e-12), name
 
 
+def siblings(model):
+    return [layer.siblings for layer in adapter_layers(model).values() if getattr(layer, "siblings", None)]
+
+
 def test_fast_injection_takes_the_fast_form_where_there_is_one():
     model = blocks(fast=True)
     kinds = {name: type(layer).__name__ for name, layer in adapter_layers(model).items()}
@@ -321,6 +326,8 @@ def test_fast_injection_takes_the_fast_form_where_there_is_one():
 def test_a_model_steps_as_the_plain_one_does(bias):
     fast, plain_model = blocks(True, bias=bias), blocks(False, bias=bias)
     assert_same_step(fast, plain_model)
+    assert len({id(group) for group in siblings(fast)}) == 2
+    assert all(group.pending is None and not group.uncollected for group in siblings(fast))
     for model in (fast, plain_model):
         with torch.no_grad():
             for parameter in model.parameters():
@@ -363,6 +370,51 @@ def test_hooks_and_forwards_of_the_base_are_kept():
         layer = fused_linear(base, r=3, init_lora_weights=False)
         base.register_forward_hook(lambda module, inputs, output: output + 1)
         assert torch.equal(layer(x), LoRALinear.forward(layer, x))
+
+
+@pytest.mark.parametrize("write", ["x", "adapter", "base", "grad mode"])
+def test_a_sibling_never_hands_out_what_is_no_longer_true(write):
+    block = blocks(True)[1]
+    x = torch.randn(4, 8, dtype=torch.float64)
+    block.gate_proj(x)
+    assert list(block.up_proj.siblings.pending.outputs) == [block.up_proj]
+    with torch.no_grad():
+        if write == "x":
+            x += 1
+        elif write == "adapter":
+            block.up_proj.lora_B += 1
+        elif write == "base":
+            block.up_proj.weight.add_(1)
+    with torch.set_grad_enabled(write != "grad mode"):
+        y = block.up_proj(x)
+    assert torch.allclose(y, LoRALinear.forward(block.up_proj, x))
+    assert y.requires_grad == (write != "grad mode")
+
+
+def test_siblings_that_read_different_inputs_part():
+    block = blocks(True)[1]
+    group = block.up_proj.siblings
+    for _ in range(4):
+        x, z = torch.randn(2, 4, 8, dtype=torch.float64)
+        assert torch.allclose(block.gate_proj(x), LoRALinear.forward(block.gate_proj, x))
+        assert torch.allclose(block.up_proj(z), LoRALinear.forward(block.up_proj, z))
+    assert group.uncollected >= 3
+    assert group.pending is None
+
+
+def test_siblings_of_two_widths_are_computed_apart():
+    model = nn.ModuleDict({"gate_proj": nn.Linear(8, 16), "up_proj": nn.Linear(6, 16)})
+    inject(model, LoraConfig(r=2, target_modules=["gate_proj", "up_proj"], init_lora_weights=False), fast=True)
+    for name, layer in model.items():
+        x = torch.randn(4, 8 if name == "gate_proj" else 6)
+        assert torch.allclose(layer(x), LoRALinear.forward(layer, x), atol=1e-5)
+
+
+def test_a_copy_has_siblings_of_its_own():
+    model = blocks(True)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert other[1].up_proj.siblings.members == [other[1].gate_proj, other[1].up_proj]
+        assert_same_step(other, blocks(False))
 
 
 def test_a_frozen_or_switched_off_sibling_is_left_out():
@@ -408,10 +460,12 @@ def test_compiled_blocks_step_as_plain_ones():
 
 
 def test_a_model_is_copied_after_a_forward_that_was_left_unfinished():
-    """A layer holds nothing of a forward pass: its siblings may never be called, and no backward may come."""
+    """What waits for a sibling belongs to the model it was computed in: the copy starts with nothing."""
     model = blocks(True)
     half = model[1].gate_proj(torch.ones(2, 8, dtype=torch.float64))
+    assert model[1].up_proj.siblings.pending is not None
     twin = copy.deepcopy(model)
+    assert twin[1].up_proj.siblings.pending is None
     assert half.requires_grad
     assert torch.equal(twin(IDS), model(IDS))
     twin(IDS).sum().backward()
