@@ -5,7 +5,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from lora_edu.course import checks
 from lora_edu.course.checks.report import Wrong, run_steps
-from lora_edu.course.notebooks.inspection import over_budget, words
+from lora_edu.course.notebooks.inspection import over_budget
 from lora_edu.course.notebooks.predictions import predictions, problems_of_predictions, shares
 from lora_edu.course.notebooks.your_turn import learners_copy, problems_of_your_turn
 
@@ -108,10 +108,6 @@ def test_use_goes_on_with_what_passes(capsys):
         assert "Until yours passes, the lesson goes on with the library's right." in capsys.readouterr().out
     checks.use(abs, otherwise=right, check=check, hint=3)
     assert "Write 2 * x." in capsys.readouterr().out
-
-
-def test_words_are_those_that_a_reader_reads():
-    assert words("One [link of four](https://example.org/a b) and $x + y$.\n\n<details>\n\n$$\na\n$$") == 7
 
 
 def test_a_budget_counts_cells_words_and_open_lines():
