@@ -5,9 +5,10 @@
 
 LoRA of r = 16 on all linear layers against full fine-tuning, all in bfloat16, with random weights: times do not depend
 on their values. All ways stand on the same weights in one process and take a step in turns, so that a disturbance
-meets all of them; what counts are the ratios of each round. PEFT is compared where it is installed. A captured step is
-one CUDA graph: forward, backward and optimizer replayed as they were recorded. Above 4,096 tokens a step those
-ways are left out, unless asked for, whose memory would not fit beside the rest.
+meets all of them; what counts are the ratios of each round. PEFT is compared where it is installed; Unsloth, in a
+process of its own, where it is installed and asked for by --ways. A captured step is one CUDA graph: forward, backward
+and optimizer replayed as they were recorded. Above 4,096 tokens a step those ways are left out, unless asked for, whose
+memory would not fit beside the rest.
 On a GPU of 141 GB all else fits. A smaller one leaves out, by the estimate of lora_edu.counting.memory, what does not
 fit alone or beside the others, keeping full fine-tuning and then the ways that need least; the record says so under
 "skipped". A way that runs out of memory all the same is "failed", and the others go on.
@@ -27,6 +28,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -36,7 +38,8 @@ import torch
 from memory_7b import CUDA, DEVICE, SEED, allocated, capacity, ceiling, empty, peak, reset_peak, synchronize, used
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from unsloth_step import UnslothStep, installed
 
 from lora_edu import LoraConfig, inject
 from lora_edu.counting.measure import PairedTimes, paired_times
@@ -76,6 +79,8 @@ WAYS: dict[str, dict[str, Any]] = {
     },
     "full, fp32 states": {"float32": True, "extra": True},
     "full, fp32 states, compiled": {"float32": True, "compile": True, "extra": True},
+    "unsloth, fp32 adapter": {"lora": "unsloth", "autocast_adapter_dtype": True, "extra": True},
+    "unsloth": {"lora": "unsloth", "extra": True},
 }  # fmt: skip
 COMPILED = 0.75  # of eager activations: 0.69 to 0.75 in the record
 SPARE = 0.05  # of the memory, for CUDA's context and what PyTorch keeps in pieces
@@ -132,6 +137,7 @@ class Step:
         if way.get("compile"):
             compile_blocks(self.model, mode=way.get("mode"))
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.trainable = sum(p.numel() for p in self.trained)
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5, weight_decay=0.0, fused=CUDA, capturable=CUDA)
         if full and "lora" not in way and not self.autocast:
             for p, same in zip(self.trained, full.trained, strict=True):
@@ -164,6 +170,23 @@ class Step:
         synchronize()
         self.losses.append(loss.clone())
 
+    def close(self) -> None:
+        """Nothing to end: this step runs in our own process."""
+
+
+def new_step(
+    base: Any, way: dict[str, Any], ids: Tensor, full: Step | None, pool: Any, folder: Path
+) -> Step | UnslothStep:
+    """The step of one way; ``folder`` is room for the base on disk, for a way in a process of its own."""
+    if way.get("lora") != "unsloth":
+        return Step(base, way, ids, full, pool)
+    if installed() is None:
+        raise ModuleNotFoundError("unsloth is not installed")
+    if not (folder / "config.json").exists():
+        base.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(ROOT / "data" / "tiny").save_pretrained(folder)  # it asks for one
+    return UnslothStep(folder, ids, bf16=not way.get("autocast_adapter_dtype"))
+
 
 def estimate(base: nn.Module, way: dict[str, Any], batch: int, tokens: int) -> MemoryEstimate:
     """What the way needs at its peak if it is alone on the device; right to 1 % for what is recorded, 5 % compiled."""
@@ -186,7 +209,9 @@ def together(needs: dict[str, MemoryEstimate]) -> float:
     for name in [*(name for name in needs if name not in captures), *captures]:
         need = needs[name]
         passing = max(need.gradients, need.activations or 0)
-        if "lora" in WAYS[name] or WAYS[name].get("float32"):
+        if WAYS[name].get("lora") == "unsloth":  # a process of its own gives nothing back
+            held += need.peak
+        elif "lora" in WAYS[name] or WAYS[name].get("float32"):
             held += need.adapter + need.moments
         else:
             shared = need.moments  # all that train the weights themselves share their moments
@@ -225,13 +250,17 @@ def reason(error: BaseException) -> str:
 
 
 def prepare(
-    base: nn.Module, names: list[str], ids: Tensor, tell: Callable[[dict[str, Any]], None] = lambda so_far: None
-) -> tuple[dict[str, Step], dict[str, Any], dict[str, str]]:
+    base: nn.Module,
+    names: list[str],
+    ids: Tensor,
+    tell: Callable[[dict[str, Any]], None] = lambda so_far: None,
+    folder: Path = Path(),
+) -> tuple[dict[str, Step | UnslothStep], dict[str, Any], dict[str, str]]:
     """The steps that are ready to be timed, what making each ready took, and which ones failed, with the reason.
 
     Both are told after each way.
     """
-    steps: dict[str, Step] = {}
+    steps: dict[str, Step | UnslothStep] = {}
     ready: dict[str, Any] = {}
     failed: dict[str, str] = {}
     pool = torch.cuda.graph_pool_handle() if CUDA else None
@@ -245,7 +274,7 @@ def prepare(
                 full = next(
                     (step for other, step in steps.items() if not WAYS[other].keys() & {"lora", "float32"}), None
                 )
-                steps[name] = Step(base, WAYS[name], ids, full, pool)
+                steps[name] = new_step(base, WAYS[name], ids, full, pool, folder)
                 seconds, graphs = round(time.perf_counter() - start, 1), counters["stats"]["unique_graphs"] - graphs
                 ready[name] = {"ready_seconds": seconds, "compiled_graphs": graphs}
                 print(f"  {name}: ready after {seconds} s, {graphs} graphs compiled", flush=True)
@@ -259,7 +288,7 @@ def prepare(
     return steps, ready, failed
 
 
-def timed(steps: dict[str, Step], failed: dict[str, str], rounds: int) -> PairedTimes | None:
+def timed(steps: dict[str, Step | UnslothStep], failed: dict[str, str], rounds: int) -> PairedTimes | None:
     """The steps' times in turns. One that runs out of memory goes to the failed ones, and the others begin anew."""
     now = ""
 
@@ -286,6 +315,7 @@ def compare(
     tokens: int,
     rounds: int,
     tell: Callable[[dict[str, Any]], None] = lambda so_far: None,
+    folder: Path = Path(),
 ) -> dict[str, Any]:
     """One shape: every way's times in turns, its losses and its memory."""
     generator = torch.Generator().manual_seed(SEED)
@@ -294,7 +324,7 @@ def compare(
     chosen, line["skipped"] = that_fit(base, names, batch, tokens)
     for name, why in line["skipped"].items():
         print(f"  {name} left out: {why}", flush=True)
-    steps, ready, line["failed"] = prepare(base, chosen, ids, lambda so_far: tell(line | so_far))
+    steps, ready, line["failed"] = prepare(base, chosen, ids, lambda so_far: tell(line | so_far), folder)
     times = timed(steps, line["failed"], rounds)
     with suppress(RuntimeError):  # no random numbers, if a failed capture took them along
         line["ceiling_tflops"].append(ceiling())
@@ -302,12 +332,14 @@ def compare(
     best = max(line["ceiling_tflops"])
     line["device_used_bytes"] = used()
     line["ways"] = {}
+    for step in steps.values():
+        step.close()
     if times is None:  # none is left
         return line
     for name, step in steps.items():
         flops = (4 if "lora" in WAYS[name] else 6) * weights * batch * tokens
         line["ways"][name] = ready[name] | {
-            "trainable": sum(p.numel() for p in step.trained),
+            "trainable": step.trainable,
             "steps_ms": [round(1e3 * seconds, 3) for seconds in times.seconds[name]],
             "share_of_ceiling": round(flops / median(times.seconds[name]) / 1e12 / best, 4),
             "against_full": round(times.ratio(name, "full"), 4) if "full" in steps else None,
@@ -360,7 +392,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "data" / "runs" / "speed_7b.json")
     parser.add_argument("--shape", type=shape, nargs="+", help="batch x tokens, one or several, as 1x512 4x512 16x512")
     parser.add_argument(
-        "--ways", default=None, help="only these, separated by ';' (default: all but autotuned and fp32 ones)"
+        "--ways", default=None, help="only these, separated by ';' (default: all but autotuned, fp32 and unsloth ones)"
     )
     parser.add_argument("--rounds", type=int, default=24)
     parser.add_argument("--toy", action="store_true", help="a tiny model, to try the script")
@@ -377,12 +409,15 @@ def main() -> None:
         parser.error(f"--ways: no way {min(unknown)!r}; there are: {'; '.join(WAYS)}")
     torch._dynamo.config.recompile_limit = 64  # every way has compiled blocks of its own
     base = new_base(LlamaConfig(**(TOY if arguments.toy else {}), attn_implementation=causal_attention()))
+    folder = TemporaryDirectory()
     for batch, tokens in arguments.shape or [(2, 16) if arguments.toy else (4, 512)]:
         names = asked
         if batch * tokens > ALL_UP_TO and not arguments.ways:
             names = [name for name in asked if not WAYS[name].get("large")]
         machine = surroundings("bfloat16")
         machine["versions"]["peft"] = peft.__version__ if peft else None
+        if any(WAYS[name].get("lora") == "unsloth" for name in names):
+            machine["versions"]["unsloth"] = installed()
         question = {"batch": batch, "tokens": tokens, "asked": names, "rounds": arguments.rounds, "machine": machine}
         if is_there(question, arguments.out):
             print(f"{batch}×{tokens} is there already, by this commit", flush=True)
@@ -392,7 +427,7 @@ def main() -> None:
         about = {"command": " ".join(["python", "benchmarks/speed_7b.py", *sys.argv[1:]])}
         about |= {"rounds": arguments.rounds, "machine": machine}
         tell = lambda line, about=about: add_unfinished(line | about, arguments.out)  # noqa: E731
-        line = compare(base, names, batch, tokens, arguments.rounds, tell) | about
+        line = compare(base, names, batch, tokens, arguments.rounds, tell, Path(folder.name)) | about
         line["seconds"] = round(time.perf_counter() - start, 1)
         add(line, arguments.out)
         for name, way in line["ways"].items():
@@ -404,6 +439,7 @@ def main() -> None:
             )
         torch.compiler.reset()
         empty()
+    folder.cleanup()
 
 
 if __name__ == "__main__":

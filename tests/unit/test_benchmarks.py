@@ -192,6 +192,40 @@ def test_speed_7b_runs_on_a_toy_and_adds_to_its_record(monkeypatch, capsys, tmp_
     assert reached["peft"] == pytest.approx(reached["fast"], rel=2e-2)
 
 
+WORKER = """
+import sys
+print("a library says something", flush=True)
+print('unsloth_step says {"trainable": 5, "peak": 7}', flush=True)
+for number, line in enumerate(sys.stdin):
+    assert line == "step\\n"
+    if number == 2:
+        sys.exit(3)
+    print('unsloth_step says {"loss": %s}' % ("NaN" if number else 1.5), flush=True)
+"""
+
+
+def test_a_way_in_a_process_of_its_own_steps_when_it_is_told(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (worker := tmp_path / "worker.py").write_text(WORKER)
+    step = script("unsloth_step").UnslothStep(tmp_path, torch.ones(2, 4, dtype=torch.long), bf16=True, worker=worker)
+    assert (step.trainable, step.peak) == (5, 7)
+    step(), step()
+    assert step.losses[0] == 1.5
+    assert step.losses[1].isnan()
+    assert "a library says something" in capsys.readouterr().out
+    with pytest.raises(RuntimeError, match="ended with code 3"):
+        step()
+    step.close()
+
+
+def test_unsloth_is_named_where_it_is_missing(toy_7b, monkeypatch, capsys):
+    monkeypatch.setattr(script("speed_7b"), "installed", lambda: None)
+    _, (line,) = toy_7b("plain;unsloth")
+    assert line["failed"] == {"unsloth": "ModuleNotFoundError: unsloth is not installed"}
+    assert list(line["ways"]) == ["plain"]
+    assert line["machine"]["versions"]["unsloth"] is None
+
+
 def test_a_line_is_there_only_if_the_same_code_answered_the_same_question_whole(tmp_path):
     speed_7b, out = script("speed_7b"), tmp_path / "record.json"
     machine = {"commit": 40 * "a", "hardware": "a GPU", "versions": {"torch": "2.11"}, "date": "2026-01-01"}
