@@ -194,7 +194,7 @@ def estimate(base: nn.Module, way: dict[str, Any], batch: int, tokens: int) -> M
     if "lora" in way:
         recipe = ("lora", "fp32-adapter" if way.get("autocast_adapter_dtype") else "bf16")
     found = training_memory(base, *recipe, r=R, target_modules="all-linear", batch=batch, tokens=tokens)
-    activations = (found.activations or 0) * (COMPILED if way.get("compile") else 1)
+    activations = (found.activations or 0) * (COMPILED if way.get("compile") or way.get("lora") == "unsloth" else 1)
     if not way.get("float32"):
         return replace(found, activations=activations)
     states = training_memory(base, "full", "fp32")  # beside the base that the others share; autocast keeps its casts
@@ -209,8 +209,8 @@ def together(needs: dict[str, MemoryEstimate]) -> float:
     for name in [*(name for name in needs if name not in captures), *captures]:
         need = needs[name]
         passing = max(need.gradients, need.activations or 0)
-        if WAYS[name].get("lora") == "unsloth":  # a process of its own gives nothing back
-            held += need.peak
+        if WAYS[name].get("lora") == "unsloth":  # a process of its own, with its own weights, gives nothing back
+            held, passing = held + need.peak, 0
         elif "lora" in WAYS[name] or WAYS[name].get("float32"):
             held += need.adapter + need.moments
         else:
