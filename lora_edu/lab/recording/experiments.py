@@ -30,6 +30,8 @@ DEFAULTS: dict[str, Any] = {
     "use_rslora": False,
     "targets": "all-linear",
     "lora_dropout": 0.0,
+    "dtype": "float32",  # of the base, also of every weight that full fine-tuning trains
+    "autocast_adapter_dtype": True,  # A and B in float32 on a base in half precision
     "learning_rate": 1e-3,
     "steps": 60,
     "batch_size": 8,
@@ -47,6 +49,7 @@ LOOKING_INSIDE = (
     "learning_rate",
     "full_rate",
 )  # what look_inside's job names
+DTYPES = ("float32", "bfloat16", "float16")
 TOPICS_TASK = "wordnet_topics"
 TOPICS = 10
 PLAIN_ROWS = 100
@@ -178,6 +181,8 @@ def _settings(job: dict[str, Any]) -> dict[str, Any]:
     settings = DEFAULTS | job
     if settings["method"] not in ("lora", "full"):
         raise ValueError(f"method={settings['method']!r}: expected 'lora' or 'full'")
+    if settings["dtype"] not in DTYPES:
+        raise ValueError(f"dtype={settings['dtype']!r}: expected {' or '.join(map(repr, DTYPES))}")
     if settings["forgetting"] and settings["task"] == TOPICS_TASK:
         raise ValueError(f"forgetting=True with task={TOPICS_TASK!r}: a classifier has no loss on plain definitions")
     return settings
@@ -187,7 +192,7 @@ def _prepared(settings: dict[str, Any]) -> tuple[nn.Module, dict[str, list]]:
     """A fresh model, on this process's GPU if there is one, with what is to be trained made trainable; and the data."""
     topics = settings["task"] == TOPICS_TASK
     base, splits = _loaded(settings["base"], settings["task"])
-    model = copy.deepcopy(base).to(process_state().device)
+    model = copy.deepcopy(base).to(process_state().device, getattr(torch, settings["dtype"]))
     set_seed(settings["seed"])
     if settings["method"] == "full":
         return model.requires_grad_(True), splits
@@ -197,7 +202,7 @@ def _prepared(settings: dict[str, Any]) -> tuple[nn.Module, dict[str, list]]:
         modules_to_save=["score"] if topics else None,
         **{name: settings[name] for name in names},
     )
-    inject(model, config)
+    inject(model, config, autocast_adapter_dtype=settings["autocast_adapter_dtype"])
     return model, splits
 
 

@@ -222,7 +222,7 @@ def _leave_with_parent() -> None:
 
 
 def _do(job: Job) -> dict[str, Any]:
-    settings = {name: value for name, value in job.items() if name not in ("part", "rule")}
+    settings = {name: value for name, value in job.items() if name not in ("part", "rule", "kind")}
     return look_inside(settings) if job["part"] == "inside" else run(settings)
 
 

@@ -96,6 +96,19 @@ def _finetuning() -> Iterator[tuple[str, Job]]:
                 yield "methods", common | {"method": method, "learning_rate": rate, "seed": seed}
 
 
+def _precision() -> Iterator[tuple[str, Job]]:
+    """Lesson 06: the adapter's dtype on a base in bfloat16, and all in float32 beside it, over rates."""
+    kinds = {
+        "all float32": {},
+        "float32 adapter": {"dtype": "bfloat16"},
+        "bfloat16 adapter": {"dtype": "bfloat16", "autocast_adapter_dtype": False},
+    }
+    for seed in FIVE_SEEDS:
+        for rate, (kind, dtypes) in product((5e-5, 2e-4, 7e-4, 2e-3), kinds.items()):
+            job: Job = {"base": "smollm2-135m", "steps": 80, "kind": kind, "learning_rate": rate, "seed": seed}
+            yield "precision", job | dtypes
+
+
 def _choices(
     base: str, task: str, steps: int, rates: tuple[float, ...], full_rates: tuple[float, ...], seeds: tuple[int, ...]
 ) -> Iterator[tuple[str, Job]]:
@@ -140,11 +153,13 @@ def _smollm2_choices() -> Iterator[tuple[str, Job]]:
 
 WHAT = {  # in a word, and what each needs
     "smollm2_finetuning": "lessons 04, 07: full fine-tuning and LoRA over rates; needs the base smollm2-135m",
+    "smollm2_precision": "lesson 06: adapters in float32 and in bfloat16; needs the base smollm2-135m",
     "smollm2_choices": "lesson 10: one choice at a time; needs the base smollm2-135m",
     "tiny_choices": "lesson 10: one choice at a time, with the base tiny",
 }
 SWEEPS = {
     "smollm2_finetuning": _finetuning,
+    "smollm2_precision": _precision,
     "smollm2_choices": _smollm2_choices,
     "tiny_choices": _tiny_choices,
 }
