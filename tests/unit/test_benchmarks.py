@@ -530,3 +530,18 @@ def test_recorded_float32_adapters_cost_little_in_the_fused_layer():
     assert len(found) == 6
     for ways in found:
         assert median(a / b for a, b in zip(ways[whole]["steps_ms"], ways[half]["steps_ms"], strict=True)) <= 1.10
+
+
+def test_recorded_unsloth_is_slower_at_every_shape_and_takes_about_our_memory():
+    path = data_path("runs", "speed_7b_unsloth.json")
+    lines = json.loads(path.read_text(encoding="utf-8"))["shapes"]
+    assert hashlib.sha256(path.read_bytes()).hexdigest() in data_path("README.md").read_text(encoding="utf-8")
+    ours, seen = "fast, compiled and captured", []
+    for line in lines:
+        assert (line["failed"], line["skipped"]) == ({}, {})
+        for name in [name for name in line["ways"] if name.startswith("unsloth")]:
+            steps, theirs = line["ways"][ours]["steps_ms"], line["ways"][name]["steps_ms"]
+            seen.append((line["batch"], name))
+            assert median(a / b for a, b in zip(steps, theirs, strict=True)) <= 0.95
+            assert line["ways"][ours]["peak_bytes"] == pytest.approx(line["ways"][name]["peak_bytes"], rel=0.05)
+    assert sorted(seen) == [(batch, name) for batch in (1, 4, 16) for name in ("unsloth", "unsloth, fp32 adapter")]

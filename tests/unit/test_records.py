@@ -92,6 +92,21 @@ def test_what_is_inside_holds_together(name):
         assert all(0 <= phi <= 1 for row in table for phi in row)
 
 
+def test_an_adapter_in_bfloat16_loses_only_at_a_rate_that_is_too_low():
+    """Five seeds each: what is lost at 5e-5 is plain, at the best rate nothing can be told apart."""
+    record = read_record("smollm2_precision")
+
+    def tests(kind, rate):
+        return [line["test"] for line in pick(record, kind=kind, learning_rate=rate)]
+
+    for rate, low, high in ((5e-5, 0.07, 0.09), (7e-4, -0.002, 0.002)):
+        lost = [a - b for a, b in zip(tests("bfloat16 adapter", rate), tests("float32 adapter", rate), strict=True)]
+        assert low < mean(lost) < high
+        assert stdev(lost) < 0.004
+    for kind in ("all float32", "float32 adapter", "bfloat16 adapter"):
+        assert min((5e-5, 2e-4, 7e-4, 2e-3), key=lambda rate: mean(tests(kind, rate))) == 7e-4
+
+
 def test_runs_from_one_seed_start_alike():
     """LoRA starts as the base: the loss of the first batch depends on the seed only, not on rank, rate or target."""
     for name, part in product(("tiny_choices", "smollm2_choices"), ("rank", "targets")):
@@ -488,7 +503,9 @@ def test_numbers_out_of_range(sweep, tmp_path, options, says):
 
 @pytest.mark.errors
 def test_unknown_sweeps_and_folders(sweep, tmp_path):
-    with pytest.raises(ValueError, match="unknown sweep 'tiny'; there are: smollm2_finetuning, smollm2_choices, tiny"):
+    with pytest.raises(
+        ValueError, match="unknown sweep 'tiny'; there are: smollm2_finetuning, smollm2_precision, smol"
+    ):
         full_runs.full_run("tiny", tmp_path / "few.json")
     with pytest.raises(FileNotFoundError, match=r"no folder .*nowhere"):
         full_runs.full_run("few", tmp_path / "nowhere" / "few.json")

@@ -54,7 +54,13 @@ SCRIPTS = {
         "benchmarks/speed_7b.py",
         "lesson 24: a 7B LoRA step by every way to take it (--shape, --ways)",
         ("shapes", "lines"),
-        "a GPU of 141 GB; PEFT to compare with",
+        "a GPU of 80 GB or more; PEFT and Unsloth to compare with",
+    ),
+    "loss_8b": Script(
+        "benchmarks/loss_8b.py",
+        "lesson 24: the loss over a vocabulary of 128,256 in pieces",
+        ("ways", "ways"),
+        "a GPU of 80 GB or more; liger-kernel to compare with",
     ),
     "scaling": Script(
         "benchmarks/scaling.py",
