@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 
 from found import assert_random_state_kept, each_is_found, each_passes
@@ -466,6 +467,9 @@ RIGHT_SWEEPS = {
     "with switches": swept(),
     "by tens, then finer": swept(coarse=10, fine=3),
     "by fours": swept(coarse=4),
+    "a truth value of NumPy": swept(
+        bracketed=lambda tried, best: np.less(min(tried), best) & np.less(best, max(tried))
+    ),
 }
 
 

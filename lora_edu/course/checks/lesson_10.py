@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean, pstdev, stdev
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -673,9 +674,9 @@ def rate_sweep(candidate: Callable[..., Sequence[Any]], hint: int = 1) -> Report
         rate, runs, bracketed = need_several(got, 3, "three values", question, fix)
         need_number(rate, question, fix)
         need_whole(runs, question, fix)
-        if not isinstance(bracketed, bool):
+        if not isinstance(bracketed, bool | np.bool_):
             raise Wrong(f"bracketed is {bracketed!r}: expected True or False", question, fix)
-        return rate, runs, bracketed
+        return rate, runs, bool(bracketed)
 
     def found(factors: Sequence[float], budget: int = RUNS, accuracy: float = NEAR) -> None:
         for factor in factors:
