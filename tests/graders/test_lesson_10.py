@@ -442,6 +442,7 @@ RATE_SWEEP = {
     "around the guess only": (swept(rule=lambda tried, factor: None, fine=4), f"{NEAR}|{FAR}", "which is a factor of"),
     "always upwards": (swept(rule=lambda tried, factor: max(tried) * factor), f"{NEAR}|{FAR}", "which is a factor of"),
     "the highest loss": (swept(choose=max), NEAR, "which is a factor of"),
+    "NaN among the losses": (swept(finite=False), "runs that diverge", "which is a factor of"),
     "the best rate once more": (confirming, CAREFUL, "repeat a rate"),
     "the mean of the best": (
         lambda loss_of, guess, budget: (swept()(loss_of, guess, budget)[0] * 1.01, *swept()(lambda r: 4.0, 1, 1)[1:]),
