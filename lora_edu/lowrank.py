@@ -174,7 +174,7 @@ def amplification_factor(W: Tensor, delta: Tensor, r: int) -> float:
     Raises:
         ValueError: if the shapes differ, r is out of range, the update is zero, or W has nothing in its directions.
 
-    Source: Hu et al. 2021, section 7.3 and table 7. Used in lesson 10.
+    Source: Hu et al. 2021, section 7.3 and table 7. Used in the recorded runs of ``lab/recording/experiments.py``.
     """
     W, delta = _same_shape(W, delta, "delta")
     U, _, Vh = truncated_svd(delta, r)
@@ -202,7 +202,7 @@ def intruder_dimensions(W: Tensor, tuned: Tensor, top_k: int = 10, threshold: fl
         ValueError: if the shapes differ, or ``top_k`` or ``threshold`` is out of range.
 
     Source: Shuttleworth et al. 2024, algorithm 1; PEFT's ``reduce_intruder_dimension`` has the same defaults.
-    Used in lesson 10.
+    Used in the recorded runs of ``lab/recording/experiments.py``.
     """
     W, tuned = _same_shape(W, tuned, "tuned")
     top_k = _rank(top_k, min(W.shape), "top_k", f"min{tuple(W.shape)}")

@@ -176,16 +176,6 @@ LIBRARY = {
         lambda f: core_layer.scale_of(f.get("lora_alpha", 8), f.get("r", 8), f.get("use_rslora", False)),
         "the library's scale_of",
     ),
-    "amplification": (
-        "amplification",
-        lambda W, delta, r: lowrank.amplification_factor(W, delta, r),
-        "you call amplification_factor",
-    ),
-    "intruders": (
-        "intruders",
-        lambda W, tuned, k, t: lowrank.intruder_dimensions(W, tuned, k, t),
-        "you call intruder_dimensions",
-    ),
 }
 
 

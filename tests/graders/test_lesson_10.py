@@ -7,9 +7,8 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
-import torch
-from torch import Tensor
 
 from found import assert_random_state_kept, each_is_found, each_passes
 from lora_edu.course import checks
@@ -35,77 +34,6 @@ SAME_TRAINING = {
     "whole numbers": (lambda a, eta, k: (a // k**0.5, eta // k**0.5), "two positive", "Can training start"),
 }
 test_same_training_names_the_mistake = each_is_found(checks.same_training, SAME_TRAINING)
-
-
-def amplified(
-    below: Callable[..., Tensor] = lambda W, U, S, Vh, r: U[:, :r].T @ W @ Vh[:r].T,
-    above: Callable[..., Tensor] = lambda delta, S, r: delta.norm(),
-    power: int = 1,
-    of: str = "delta",
-) -> Callable[[Tensor, Tensor, int], Any]:
-    """The factor with switches for its mistakes."""
-
-    def factor(W: Tensor, delta: Tensor, r: int) -> float:
-        U, S, Vh = torch.linalg.svd(delta if of == "delta" else W, full_matrices=False)
-        return (above(delta, S, r) / below(W, U, S, Vh, r).norm()).item() ** power
-
-    return factor
-
-
-RIGHT_BELOW = "an update of rank r"
-AMPLIFICATION = {
-    "no projection": (amplified(below=lambda W, U, S, Vh, r: W), RIGHT_BELOW, "not projected"),
-    "W's own directions": (amplified(of="W"), RIGHT_BELOW, "not those of ΔW"),
-    "the output side only": (amplified(below=lambda W, U, S, Vh, r: U[:, :r].T @ W), RIGHT_BELOW, "output side only"),
-    "the input side only": (amplified(below=lambda W, U, S, Vh, r: W @ Vh[:r].T), RIGHT_BELOW, "input side only"),
-    "columns of Vh": (
-        amplified(below=lambda W, U, S, Vh, r: U[:, :r].T @ W @ Vh[:, :r]),
-        RIGHT_BELOW,
-        "the rows of Vh, not its columns",
-    ),
-    "the weakest directions": (
-        amplified(below=lambda W, U, S, Vh, r: U[:, -r:].T @ W @ Vh[-r:].T),
-        RIGHT_BELOW,
-        "weakest directions",
-    ),
-    "squared norms": (amplified(power=2), RIGHT_BELOW, "squared norms"),
-    "upside down": (amplified(power=-1), RIGHT_BELOW, "upside down"),
-    "the largest singular value": (amplified(above=lambda d, S, r: S[0]), RIGHT_BELOW, "largest singular value"),
-    "all directions": (amplified(below=lambda W, U, S, Vh, r: U.T @ W @ Vh.T), RIGHT_BELOW, "all directions"),
-    "only the top of ΔW above": (
-        amplified(above=lambda d, S, r: S[:r].norm()),
-        "more directions than r",
-        "the norm of all of ΔW",
-    ),
-    "a matrix": (lambda W, delta, r: delta / W.norm(), RIGHT_BELOW, "a tensor of shape"),
-}
-
-
-def overwritten(W: Tensor, delta: Tensor, r: int) -> float:
-    """Makes both the same diagonal, whose factor is known."""
-    for matrix in (W, delta):
-        matrix.zero_().fill_diagonal_(1)
-    return math.sqrt(min(W.shape) / r)
-
-
-AMPLIFICATION["weights overwritten"] = (overwritten, "update of rank r", "instead of")
-RIGHT_AMPLIFICATION = {
-    "with switches": amplified(),
-    "by an index sum": lambda W, delta, r: by_index_sum(W, delta, *torch.linalg.svd(delta)[::2], r),
-    "of projectors": lambda W, delta, r: by_projectors(W, delta, *torch.linalg.svd(delta)[::2], r),
-}
-
-
-def by_index_sum(W: Tensor, delta: Tensor, U: Tensor, Vh: Tensor, r: int) -> Tensor:
-    return delta.norm() / torch.einsum("oa,oi,bi->ab", U[:, :r], W, Vh[:r]).norm()
-
-
-def by_projectors(W: Tensor, delta: Tensor, U: Tensor, Vh: Tensor, r: int) -> float:
-    return (delta.norm() / (U[:, :r] @ U[:, :r].T @ W @ Vh[:r].T @ Vh[:r]).norm()).item()
-
-
-test_other_amplifications_pass = each_passes(checks.amplification, RIGHT_AMPLIFICATION)
-test_amplification_names_the_mistake = each_is_found(checks.amplification, AMPLIFICATION)
 
 
 def chosen(
@@ -200,84 +128,6 @@ test_other_choices_pass = each_passes(checks.pick_best, {"with switches": chosen
 test_pick_best_names_the_mistake = each_is_found(checks.pick_best, PICK_BEST)
 
 
-def left(matrix: Tensor, full: bool = False) -> Tensor:
-    return torch.linalg.svd(matrix, full_matrices=full)[0]
-
-
-def right(matrix: Tensor) -> Tensor:
-    return torch.linalg.svd(matrix, full_matrices=False)[2].T
-
-
-def counting(
-    known: Callable[[Tensor, int], Tensor] = lambda W, k: left(W),
-    new: Callable[[Tensor, Tensor, int], Tensor] = lambda W, tuned, k: left(tuned)[:, :k],
-    size: Callable[[Tensor], Tensor] = torch.abs,
-    best: Callable[[Tensor], Tensor] = lambda cosines: cosines.amax(0),
-    below: Callable[[Tensor, float], Tensor] = torch.lt,
-) -> Callable[[Tensor, Tensor, int, float], int]:
-    """The count with switches for its mistakes."""
-    return lambda W, tuned, k, threshold: int(below(best(size(known(W, k).T @ new(W, tuned, k))), threshold).sum())
-
-
-INTRUDERS = {
-    "right vectors": (
-        counting(known=lambda W, k: right(W), new=lambda W, tuned, k: right(tuned)[:, :k]),
-        "rotated inputs",
-        "right singular vectors",
-    ),
-    "signed cosines": (counting(size=lambda cosines: cosines), "rotated inputs", "a sign is arbitrary"),
-    "the mean instead of the largest": (counting(best=lambda cosines: cosines.mean(0)), "rotated inputs", "mean"),
-    "the smallest cosine": (counting(best=lambda cosines: cosines.amin(0)), "rotated inputs", "nor the smallest"),
-    "the pretrained top only": (
-        counting(known=lambda W, k: left(W)[:, :k]),
-        "order has changed",
-        "top directions only",
-    ),
-    "number i with number i": (
-        counting(known=lambda W, k: left(W)[:, :k], best=torch.diagonal),
-        "order has changed",
-        "number i with number i",
-    ),
-    "the known ones": (counting(below=torch.ge), "rotated inputs", "you count the known ones"),
-    "the other dimension": (counting(best=lambda cosines: cosines.amax(1)), "rotated inputs", "that were lost"),
-    "all of the tuned weight": (counting(new=lambda W, tuned, k: left(tuned)), "rotated outputs", "not at its top"),
-    "the tuned weight's weakest": (
-        counting(new=lambda W, tuned, k: left(tuned)[:, -k:]),
-        "rotated outputs",
-        "weakest directions",
-    ),
-    "the update's directions": (
-        counting(new=lambda W, tuned, k: left(tuned - W)[:, :k]),
-        "rotated inputs",
-        "the directions of the update",
-    ),
-    "the full U": (
-        counting(known=lambda W, k: left(W, full=True)),
-        "rotated outputs|W maps nothing to",  # the first only where a left-over direction happens to come near
-        "maps nothing to",
-    ),
-    "squared cosines": (counting(size=torch.square), "rotated outputs", "squared cosines"),
-    "pairs": (counting(best=lambda cosines: cosines), "rotated inputs", "pairs, not directions"),
-    "a share": (lambda W, tuned, k, t: counting()(W, tuned, k, t) / k, "rotated inputs", "expected a whole number"),
-    "a threshold of its own": (
-        lambda W, tuned, k, t: counting()(W, tuned, k, 0.5),
-        "rotated outputs",
-        "threshold stays at 0.5",
-    ),
-}
-test_intruders_names_the_mistake = each_is_found(checks.intruders, INTRUDERS)
-
-
-def test_a_count_by_loops_passes_too() -> None:
-    def by_loops(W: Tensor, tuned: Tensor, top_k: int, threshold: float) -> Tensor:
-        count = torch.tensor(0)
-        for y in left(tuned).T[:top_k]:
-            count += all(abs(torch.dot(x, y)) < threshold for x in left(W).T)
-        return count
-
-    assert checks.intruders(by_loops).status == "passed"
-
-
 def difference(
     rates: Callable[[float, float], tuple[float, float]] = lambda a, b: (a, b),
     split: str = "validation",
@@ -357,3 +207,293 @@ def test_a_difference_waits_for_the_choice(from_solution: Callable, from_stub: C
 
 def test_checks_leave_the_random_state_alone() -> None:
     assert_random_state_kept(checks.same_training, lambda a, eta, k: (a / k**0.5, eta / k**0.5))
+
+
+def next_rate(
+    default: float = 3,
+    diverged: str = "worst",
+    choose: Callable[..., Any] = min,
+    end: Callable[[float], Any] = lambda best: None,
+    lower: Callable[[float, float], float] = lambda rate, factor: rate / factor,
+    order: Callable[[Any], list] = sorted,
+    fixed: float | None = None,
+    edges: str = "rates",
+) -> Callable[..., Any]:
+    """The rule with switches for its mistakes."""
+
+    def rule(tried: dict[float, float], factor: float = default) -> float | None:
+        factor = fixed or factor
+        rates = order(tried)
+        losses = {
+            rate: math.inf if diverged == "worst" and not math.isfinite(tried[rate]) else tried[rate] for rate in rates
+        }
+        if diverged == "left out":
+            losses = {rate: loss for rate, loss in losses.items() if math.isfinite(loss)}
+            rates = list(losses)
+        best = choose(losses, key=losses.get)
+        first, last = (rates[0], rates[-1]) if edges == "order" else (min(rates), max(rates))
+        if best == first:
+            return lower(best, factor)
+        return best * factor if best == last else end(best)
+
+    return rule
+
+
+HIGHER, LOWER, END = "go higher", "go lower", "worse rates on both sides"
+DIVERGED, ALL_DIVERGED = "diverged is worse", "all runs diverged"
+NEXT_RATE = {
+    "the highest loss": (next_rate(choose=max), HIGHER, "highest loss|the wrong way|worse one on one of its sides"),
+    "always higher": (lambda tried, factor=3: max(tried) * factor, LOWER, "the wrong way|the highest loss"),
+    "always lower": (lambda tried, factor=3: min(tried) / factor, HIGHER, "the wrong way"),
+    "a factor of its own": (next_rate(fixed=3), HIGHER, "by a factor of 3"),
+    "a difference": (
+        next_rate(lower=lambda rate, factor: rate - factor * rate),
+        LOWER,
+        "neither the lowest rate divided",
+    ),
+    "no end": (next_rate(end=lambda best: best * 3), END, "instead of None"),
+    "the best again": (next_rate(end=lambda best: best), END, "instead of None"),
+    "a finer step": (next_rate(end=lambda best: best * math.sqrt(3)), END, "instead of None"),
+    "the first and the last in the dictionary": (
+        next_rate(order=list, edges="order"),
+        f"{HIGHER}|{LOWER}|{END}|{DIVERGED}",
+        "best",
+    ),
+    "NaN among the losses": (next_rate(diverged="as it is", order=list), DIVERGED, "best"),
+    "diverged runs left out": (next_rate(diverged="left out"), DIVERGED, "instead of None"),
+    "the highest if all diverged": (
+        next_rate(order=lambda tried: sorted(tried, reverse=True)),
+        ALL_DIVERGED,
+        "the wrong way",
+    ),
+    "nothing if all diverged": (
+        lambda tried, factor=3: next_rate()(tried, factor) if any(map(math.isfinite, tried.values())) else None,
+        ALL_DIVERGED,
+        "a better one may lie there",
+    ),
+    "one rate ends it": (
+        lambda tried, factor=3: next_rate()(tried, factor) if len(tried) > 1 else None,
+        "one rate alone",
+        "a better one may lie there",
+    ),
+    "a text": (lambda tried, factor=3: str(next_rate()(tried, factor)), HIGHER, "expected a number"),
+    "the loss": (lambda tried, factor=3: min(tried.values()), HIGHER, "neither the lowest"),
+}
+
+
+def by_places(tried: dict[float, float], factor: float) -> float | None:
+    """The same with a sorted list and the place of the best rate in it; a single rate goes up."""
+    rates = sorted(tried)
+    values = [tried[rate] if math.isfinite(tried[rate]) else 1e9 for rate in rates]
+    place = values.index(min(values))
+    if place == len(rates) - 1 and values[place] < 1e9:
+        return factor * rates[place]
+    return rates[0] / factor if place == 0 else None
+
+
+def by_neighbours(tried: dict[float, float], factor: float) -> float | None:
+    """The same by asking whether anything was tried above and below."""
+    finite = {rate: loss for rate, loss in tried.items() if loss == loss and loss != float("inf")}
+    best = min(finite, key=finite.get) if finite else min(tried)
+    if all(rate >= best for rate in tried):
+        return best * factor**-1
+    return None if any(rate > best for rate in tried) else best * factor
+
+
+RIGHT_NEXT_RATE = {"with switches": next_rate(), "by places": by_places, "by neighbours": by_neighbours}
+test_other_next_rates_pass = each_passes(checks.next_rate, RIGHT_NEXT_RATE)
+test_next_rate_names_the_mistake = each_is_found(checks.next_rate, NEXT_RATE)
+
+
+def within(
+    best: Callable[[list[float]], float] = statistics.fmean,
+    touch: Callable[[list[float], list[float]], bool] = lambda losses, best: min(losses) <= max(best),
+    order: Callable[[Any], list] = list,
+) -> Callable[[dict], Any]:
+    """The choice with switches for its mistakes."""
+
+    def choice(results: dict[Any, list[float]]) -> Any:
+        top = min(results.values(), key=best)
+        return next(name for name in order(results) if touch(results[name], top))
+
+    return choice
+
+
+def by_chain(results: dict[Any, list[float]]) -> Any:
+    """Goes from neighbour to neighbour, beginning at the best."""
+    names = list(results)
+    place = names.index(min(results, key=lambda name: statistics.fmean(results[name])))
+    while place and min(results[names[place - 1]]) <= max(results[names[place]]):
+        place -= 1
+    return names[place]
+
+
+CLEAR, TOUCHES, CHAIN = "no cheaper one comes near", "whose range touches", "not with a neighbour"
+BEST_WITHIN_NOISE = {
+    "the lowest mean": (
+        lambda results: min(results, key=lambda name: statistics.fmean(results[name])),
+        TOUCHES,
+        "a cheaper one cannot be told from it",
+    ),
+    "the cheapest": (lambda results: next(iter(results)), CLEAR, "each of its seeds is worse"),
+    "the dearest that touches": (
+        within(order=lambda results: list(results)[::-1]),
+        f"{CLEAR}|{TOUCHES}",
+        "a cheaper one",
+    ),
+    "from neighbour to neighbour": (by_chain, f"{TOUCHES}|{CHAIN}", "each of its seeds is worse|a cheaper one"),
+    "the luckiest seed": (within(best=min), "the lowest mean", "one lucky seed"),
+    "ranges that must overlap": (
+        within(touch=lambda losses, best: losses is best or min(losses) < max(best)),
+        "touch in one point",
+        "a cheaper one cannot be told",
+    ),
+    "the mean within the range": (
+        within(touch=lambda losses, best: statistics.fmean(losses) <= max(best)),
+        TOUCHES,
+        "a cheaper one",
+    ),
+    "the worst within the range": (
+        within(touch=lambda losses, best: max(losses) <= max(best)),
+        TOUCHES,
+        "a cheaper one",
+    ),
+    "the losses": (lambda results: results[within()(results)], CLEAR, "not one of the settings"),
+    "its place": (lambda results: -1 - list(results).index(within()(results)), CLEAR, "not one of the settings"),
+}
+
+
+def by_loop(results: dict[Any, list[float]]) -> Any:
+    means = {name: sum(losses) / len(losses) for name, losses in results.items()}
+    limit = sorted(results[sorted(means, key=means.get)[0]])[-1]
+    for name, losses in results.items():
+        if any(loss <= limit for loss in losses):
+            return name
+    raise AssertionError("the best touches itself")
+
+
+RIGHT_WITHIN = {"with switches": within(), "by a loop": by_loop}
+test_other_choices_within_the_noise_pass = each_passes(checks.best_within_noise, RIGHT_WITHIN)
+test_best_within_noise_names_the_mistake = each_is_found(checks.best_within_noise, BEST_WITHIN_NOISE)
+
+
+TRIED_NEXT = next_rate()
+
+
+def swept(
+    coarse: float = 3,
+    fine: int = 2,
+    rule: Callable[..., Any] = TRIED_NEXT,
+    allowed: Callable[[int], int] = lambda budget: budget,
+    choose: Callable[..., Any] = min,
+    finite: bool = True,
+    runs: Callable[[dict, int], int] = lambda tried, budget: len(tried),
+    bracketed: Callable[[dict, float], bool] = lambda tried, best: min(tried) < best < max(tried),
+) -> Callable[..., tuple]:
+    """The sweep with switches for its mistakes: coarse steps until the best is bracketed, then finer ones."""
+
+    def sweep(loss_of: Callable[[float], float], guess: float, budget: int) -> tuple:
+        tried: dict[float, float] = {}
+
+        def lowest() -> float:
+            usable = {rate: loss for rate, loss in tried.items() if math.isfinite(loss) or not finite}
+            return choose(usable, key=usable.get) if usable else min(tried)
+
+        rate = guess
+        while rate is not None and len(tried) < allowed(budget):
+            tried[rate] = loss_of(rate)
+            rate = rule(tried, coarse)
+        step = coarse
+        for _ in range(fine):
+            step, best = math.sqrt(step), lowest()
+            for rate in (best / step, best * step):
+                if len(tried) < allowed(budget):
+                    tried[rate] = loss_of(rate)
+        best = lowest()
+        return best, runs(tried, budget), bracketed(tried, best)
+
+    return sweep
+
+
+def grid(loss_of: Callable[[float], float], guess: float, budget: int) -> tuple:
+    """A grid over three decades, fixed beforehand."""
+    rates = [guess * 1000 ** (i / max(budget - 1, 1) - 0.5) for i in range(budget)]
+    tried = {rate: loss_of(rate) for rate in rates}
+    usable = {rate: loss if math.isfinite(loss) else math.inf for rate, loss in tried.items()}
+    best = min(usable, key=usable.get)
+    return best, budget, min(tried) < best < max(tried)
+
+
+def confirming(loss_of: Callable[[float], float], guess: float, budget: int) -> tuple:
+    """Keeps one run, and trains with the best rate once more."""
+    rate, runs, bracketed = swept(allowed=lambda budget: max(1, budget - 1))(loss_of, guess, budget)
+    if runs < budget:
+        loss_of(rate)
+        runs += 1
+    return rate, runs, bracketed
+
+
+NEAR, FAR, CAREFUL, HONEST = "near the guess", "far from the guess", "beyond the budget", "two worse ones"
+RATE_SWEEP = {
+    "over the budget": (swept(allowed=lambda budget: budget + 1), f"{NEAR}|{CAREFUL}", "you start run"),
+    "no budget at all": (swept(allowed=lambda budget: 99, fine=4), f"{NEAR}|{CAREFUL}", "you start run"),
+    "coarse steps only": (swept(fine=0), f"{NEAR}|{FAR}", "which is a factor of"),
+    "a fixed grid": (grid, f"{NEAR}|{FAR}", "which is a factor of"),
+    "around the guess only": (swept(rule=lambda tried, factor: None, fine=4), f"{NEAR}|{FAR}", "which is a factor of"),
+    "always upwards": (swept(rule=lambda tried, factor: max(tried) * factor), f"{NEAR}|{FAR}", "which is a factor of"),
+    "the highest loss": (swept(choose=max), NEAR, "which is a factor of"),
+    "NaN among the losses": (swept(finite=False), "runs that diverge", "which is a factor of"),
+    "the best rate once more": (confirming, CAREFUL, "repeat a rate"),
+    "the mean of the best": (
+        lambda loss_of, guess, budget: (swept()(loss_of, guess, budget)[0] * 1.01, *swept()(lambda r: 4.0, 1, 1)[1:]),
+        NEAR,
+        "it is none of the",
+    ),
+    "the budget reported": (swept(runs=lambda tried, budget: budget, fine=1), CAREFUL, "you report"),
+    "a hundredfold guess": (
+        lambda loss_of, guess, budget: swept()(loss_of, guess * 100, budget),
+        f"{NEAR}|{FAR}",
+        "which is a factor of",
+    ),
+    "always bracketed": (swept(bracketed=lambda tried, best: True), HONEST, "you say bracketed = True"),
+    "never bracketed": (swept(bracketed=lambda tried, best: False), HONEST, "you say bracketed = False"),
+    "two values": (lambda loss_of, guess, budget: swept()(loss_of, guess, budget)[:2], NEAR, "expected three values"),
+    "bracketed as a word": (
+        swept(bracketed=lambda tried, best: "yes"),
+        NEAR,
+        "expected True or False",
+    ),
+}
+RIGHT_SWEEPS = {
+    "with switches": swept(),
+    "by tens, then finer": swept(coarse=10, fine=3),
+    "by fours": swept(coarse=4),
+    "a truth value of NumPy": swept(
+        bracketed=lambda tried, best: np.less(min(tried), best) & np.less(best, max(tried))
+    ),
+}
+
+
+def by_golden_section(loss_of: Callable[[float], float], guess: float, budget: int) -> tuple:
+    """Brackets by threes, then always halves the wider of the two intervals beside the best."""
+    tried: dict[float, float] = {}
+
+    def value(rate: float) -> float:
+        return tried[rate] if math.isfinite(tried[rate]) else math.inf
+
+    rate: float | None = guess
+    while len(tried) < budget:
+        if rate is None:
+            rates = sorted(tried)
+            place = rates.index(min(rates, key=value))
+            below, best, above = rates[place - 1 : place + 2]
+            rate = math.sqrt(best * above) if above / best > best / below else math.sqrt(best * below)
+        tried[rate] = loss_of(rate)
+        rate = next_rate()(tried)
+    best = min(sorted(tried), key=value)
+    return best, len(tried), min(tried) < best < max(tried)
+
+
+RIGHT_SWEEPS["halving the wider side"] = by_golden_section
+test_other_sweeps_pass = each_passes(checks.rate_sweep, RIGHT_SWEEPS)
+test_rate_sweep_names_the_mistake = each_is_found(checks.rate_sweep, RATE_SWEEP)

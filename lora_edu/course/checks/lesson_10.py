@@ -1,9 +1,8 @@
-"""The checks of lesson 10: a scale (A1), amplification (A2), the best rate (B1), intruders (B2), a difference (C1)."""
+"""The checks of lesson 10: a scale (A1), the best rate (B1), a sweep within a budget (B2), a difference (C1)."""
 
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from statistics import fmean, pstdev, stdev
 from typing import Any
 
@@ -11,23 +10,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lora_edu.course.checks.candidates import without
 from lora_edu.course.checks.report import Report, Step, Wrong, run_steps
 from lora_edu.course.checks.tools import (
     close_number,
     is_number,
     is_several,
-    is_tensor,
-    is_whole,
     known_slip,
-    low_rank,
     need_number,
     need_refusal,
     need_several,
+    need_whole,
     normal,
     off_by,
 )
-from lora_edu.lowrank import amplification_factor, intruder_dimensions
 
 Problem = tuple[Tensor, Tensor, Tensor, Tensor]
 STEPS = 12
@@ -148,95 +143,6 @@ def same_training(candidate: Callable[..., Sequence[float]], hint: int = 1) -> R
         ("also for k below 1", lambda: run(STEPS, False)),
     ]
     return run_steps("the same training", steps, hint)
-
-
-def right_factor(W: np.ndarray, delta: np.ndarray, r: int) -> float:
-    """The right one, with NumPy."""
-    U, _, Vh = np.linalg.svd(delta, full_matrices=False)
-    return float(np.linalg.norm(delta) / np.linalg.norm(U[:, :r].T @ W @ Vh[:r].T))
-
-
-def other_factors(W: Tensor, delta: Tensor, r: int) -> dict[str, float]:
-    """What usual mistakes would give here."""
-    (U, S, Vh), (own_U, _, own_Vh) = (torch.linalg.svd(each, full_matrices=False) for each in (delta, W))
-    projected = {
-        "W is not projected, you take its whole norm": W,
-        "these are the directions of W, not those of ΔW": own_U[:, :r].T @ W @ own_Vh[:r].T,
-        "you project on the output side only": U[:, :r].T @ W,
-        "you project on the input side only": W @ Vh[:r].T,
-        "you take all directions, not the top r": U.T @ W @ Vh.T,
-        "these are ΔW's weakest directions, not its strongest": U[:, -r:].T @ W @ Vh[-r:].T,
-    }
-    if W.shape[0] >= W.shape[1]:  # else the shapes do not even fit
-        projected["input directions are the rows of Vh, not its columns"] = U[:, :r].T @ W @ Vh[:, :r]
-    found = {words: (delta.norm() / matrix.norm()).item() for words, matrix in projected.items()}
-    right, size = right_factor(W.numpy(), delta.numpy(), r), delta.norm().item()
-    return found | {
-        "these are squared norms": right**2,
-        "this is the factor upside down": 1 / right,
-        "the numerator is the norm of all of ΔW, not of its top r directions": right * S[:r].norm().item() / size,
-        "the numerator is ΔW's Frobenius norm, not its largest singular value": right * S[0].item() / size,
-    }
-
-
-@without(
-    "lora_edu.lowrank",
-    symptom="you call {name} of lora_edu.lowrank; this exercise wants the line itself",
-    question="Whose directions, on which side, and how many of them? Which of the two norms stands on top?",
-    fix="Columns of U and rows of Vh, r of each: delta.norm() / (U[:, :r].T @ W @ Vh[:r].T).norm().",
-)
-def amplification(candidate: Callable[[Tensor, Tensor, int], float], hint: int = 1) -> Report:
-    """Exercise A2 of lesson 10: ``candidate(W, delta, r)`` is ‖ΔW‖ / ‖Uᵀ W V‖ in ΔW's top r directions."""
-
-    def drawn(rank: int | None, tall: bool) -> tuple[Tensor, Tensor]:
-        shape = (random.randint(15, 20), random.randint(9, 12))
-        shape = shape if tall else shape[::-1]
-        W, delta = normal(*shape), normal(*shape)
-        if rank:
-            delta = low_rank(*shape, rank)
-        return W, delta * random.uniform(0.1, 3)
-
-    def compare(tall: bool, full: bool = False) -> None:
-        got, wrong, right = [], [], []
-        for _ in range(3):
-            r = random.randint(2, 4)
-            W, delta = drawn(None if full else r, tall)
-            value = candidate(W.clone(), delta.clone(), r)
-            if not (is_number(value) or is_tensor(value, ())):
-                seen = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-                raise Wrong(
-                    f"W is {tuple(W.shape)}, r = {r}: you return {seen}",
-                    "Which two norms are divided?",
-                    "One number: delta.norm() / (U[:, :r].T @ W @ Vh[:r].T).norm().",
-                )
-            got.append(float(value))
-            wrong.append(other_factors(W, delta, r))
-            right.append(right_factor(W.numpy(), delta.numpy(), r))
-        if not agree(got, right):
-            note = named(got, wrong, "not ΔW's norm over that of W in ΔW's directions")
-            raise Wrong(
-                f"for W {tuple(W.shape)} and r = {r} you get {got[-1]:.4f} instead of {right[-1]:.4f}: {note}",
-                "Whose directions, on which side, and how many of them? Which of the two norms stands on top?",
-                "Columns of U and rows of Vh, r of each: delta.norm() / (U[:, :r].T @ W @ Vh[:r].T).norm().",
-            )
-
-    def library() -> None:
-        W, delta = drawn(None, tall=False)
-        got, right = float(candidate(W, delta, 3)), amplification_factor(W, delta, 3)
-        if not agree([got], [right]):
-            raise Wrong(
-                f"you get {got:.6f}, the library {right:.6f}",
-                "Does your function do the same at every call?",
-                "delta.norm() / (U[:, :r].T @ W @ Vh[:r].T).norm()",
-            )
-
-    steps = [
-        ("an update of rank r, more outputs than inputs", lambda: compare(True)),
-        ("more inputs than outputs", lambda: compare(False)),
-        ("an update with more directions than r", lambda: compare(True, full=True)),
-        ("equal to the library", library),
-    ]
-    return run_steps("amplification factor", steps, hint)
 
 
 def drawn_seeds() -> list[int]:
@@ -436,191 +342,6 @@ def pick_best(candidate: Callable[[list[Run]], Sequence[Any]], hint: int = 1) ->
     return run_steps("the best rate", steps, hint)
 
 
-def rotation(n: int) -> Tensor:
-    """A random orthogonal matrix."""
-    return torch.linalg.qr(normal(n, n)).Q
-
-
-def drawn_shape(tall: bool = True) -> tuple[int, int]:
-    """(out, in): about 40 rows, so that a random direction has no cosine near 1 with any of W's."""
-    large, small = random.randint(38, 46), random.randint(26, 32)
-    return (large, small) if tall else (small, large)
-
-
-def drawn_svd(size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-    """U, S, Vh of a matrix whose singular values are well apart, so that its directions are unique."""
-    n = min(size)
-    S = torch.linspace(9, 1, n, dtype=torch.float64) + 0.1 * torch.rand(n, dtype=torch.float64)
-    return rotation(size[0])[:, :n], S, rotation(size[1])[:n]
-
-
-def rotated_inputs(tall: bool) -> Case:
-    """Every output direction is known, no input direction is."""
-    U, S, Vh = drawn_svd(drawn_shape(tall))
-    W = (U * S) @ Vh
-    return W, W @ rotation(W.shape[1]), random.randint(6, 12), 0.6
-
-
-def rotated_outputs(tall: bool) -> Case:
-    """Every input direction is known, no output direction is."""
-    U, S, Vh = drawn_svd(drawn_shape(tall))
-    W = (U * S) @ Vh
-    return W, rotation(W.shape[0]) @ W, random.randint(6, 12), random.uniform(0.3, 0.45)
-
-
-def reordered(tall: bool) -> Case:
-    """All directions are known, and the weakest have become the strongest."""
-    U, S, Vh = drawn_svd(drawn_shape(tall))
-    return (U * S) @ Vh, (U * S.flip(0)) @ Vh, random.randint(5, 9), 0.5
-
-
-def planted(tall: bool) -> Case:
-    """A few new directions, stronger than the known ones."""
-    U, S, Vh = drawn_svd(drawn_shape(tall))
-    W, some = (U * S) @ Vh, random.randint(2, 4)
-    tuned = W + random.uniform(9, 14) * rotation(W.shape[0])[:, :some] @ rotation(W.shape[1])[:some]
-    return W, tuned, random.randint(some + 2, some + 5), random.uniform(0.45, 0.65)
-
-
-def weak(tall: bool) -> Case:
-    """The weaker half of the directions is new, the stronger half is as it was."""
-    U, S, Vh = drawn_svd(drawn_shape(tall))
-    half = len(S) // 2
-    other = torch.linalg.qr(torch.cat([U[:, :half], normal(len(U), len(S) - half)], 1)).Q
-    other[:, :half] = U[:, :half]
-    return (U * S) @ Vh, (other * S) @ Vh, random.randint(5, 9), random.uniform(0.45, 0.65)
-
-
-def outside(tall: bool) -> Case:
-    """A new direction that the pretrained weight maps nothing to: the only one, with one output more than inputs."""
-    n = random.randint(26, 34)
-    frame = rotation(n + 1)
-    _, S, Vh = drawn_svd((n + 1, n))
-    W = (frame[:, :n] * S) @ Vh
-    return W, W + 14 * frame[:, n:] @ rotation(n)[:1], random.randint(4, 8), random.uniform(0.5, 0.7)
-
-
-def low_rank_update(tall: bool) -> Case:
-    """An update of low rank, as LoRA's."""
-    out, inputs = drawn_shape(tall)
-    W, r = normal(out, inputs), random.randint(2, 4)
-    return W, W + random.uniform(0.4, 1.2) * low_rank(out, inputs, r), random.randint(5, 10), random.uniform(0.3, 0.8)
-
-
-KINDS = {
-    rotated_inputs: ("rotated inputs: every direction is known", "Which side's vectors? What is a sign worth?"),
-    reordered: ("the order has changed: every direction is known", "With which pretrained vectors do you compare?"),
-    rotated_outputs: ("rotated outputs: most directions are new", "When does the pretrained weight know a direction?"),
-    planted: ("new directions at the top", "Whose directions do you count, and which of them fit none?"),
-    weak: ("new directions too weak for the top", "How many of the tuned weight's directions do you look at?"),
-    outside: ("a direction that W maps nothing to is new", "How many left singular vectors does W really have?"),
-    low_rank_update: ("updates of low rank", "What makes a direction of the tuned weight an intruder?"),
-}
-
-
-def cosines(W: np.ndarray, tuned: np.ndarray) -> np.ndarray:
-    """Left against left: a row for each of W's vectors, a column for each of the tuned weight's."""
-    return np.linalg.svd(W, full_matrices=False)[0].T @ np.linalg.svd(tuned, full_matrices=False)[0]
-
-
-def count_intruders(W: np.ndarray, tuned: np.ndarray, top_k: int, threshold: float) -> int:
-    """The right number, with NumPy."""
-    return int((np.abs(cosines(W, tuned)[:, :top_k]).max(0) < threshold).sum())
-
-
-def is_clear(case: Case) -> bool:
-    """No cosine that decides lies so near the threshold that rounding could move it over."""
-    largest = np.abs(cosines(case[0].numpy(), case[1].numpy())).max(0)
-    return bool(np.abs(largest - case[3]).min() > 1e-4)
-
-
-def other_counts(W: Tensor, tuned: Tensor, top_k: int, threshold: float) -> dict[str, int]:
-    """What usual mistakes would give here."""
-    (U, _, Vh), (new_U, _, new_Vh) = (torch.linalg.svd(each, full_matrices=False) for each in (W, tuned))
-    signed = U.T @ new_U[:, :top_k]
-    left, top = signed.abs(), (U[:, :top_k].T @ new_U[:, :top_k]).abs()
-    whole = (torch.linalg.svd(W)[0].T @ new_U[:, :top_k]).abs()
-    delta_U = torch.linalg.svd(tuned - W, full_matrices=False)[0]
-
-    def below(values: Tensor) -> int:
-        return int((values < threshold).sum())
-
-    return {
-        "a sign is arbitrary: a cosine of −0.99 is a known direction, too": below(signed.amax(0)),
-        "these are the right singular vectors, directions of the input": below((Vh @ new_Vh[:top_k].T).abs().amax(0)),
-        "you compare with the pretrained weight's top directions only, not with all of them": below(top.amax(0)),
-        "you compare number i with number i; the order may have changed": below(top.diagonal()),
-        "one pretrained vector that fits is enough, so neither the mean nor the smallest tells": below(left.mean(0)),
-        "you count pretrained directions that were lost, not new ones": below(left.amax(1)),
-        "you count pretrained top directions that were lost, not new ones": below(top.amax(1)),
-        "you count the known ones": top_k - below(left.amax(0)),
-        "you look at all directions of the tuned weight, not at its top": below((U.T @ new_U).abs().amax(0)),
-        "you look at the weakest directions of the tuned weight": below((U.T @ new_U[:, -top_k:]).abs().amax(0)),
-        "directions that the pretrained weight maps nothing to are in your comparison": below(whole.amax(0)),
-        "these are the directions of the update, not those of the tuned weight": below(
-            (U.T @ delta_U[:, :top_k]).abs().amax(0)
-        ),
-        "you count pairs, not directions": below(left),
-        "these are squared cosines": below((left**2).amax(0)),
-        "your threshold stays at 0.5": int((left.amax(0) < 0.5).sum()),
-    }
-
-
-@without(
-    "lora_edu.lowrank",
-    symptom="you call {name} of lora_edu.lowrank; this exercise wants the count from scratch",
-    question="What makes a direction of the tuned weight an intruder?",
-    fix="Take U of both weights from torch.linalg.svd, and look at the cosines between their columns.",
-)
-def intruders(candidate: Callable[[Tensor, Tensor, int, float], int], hint: int = 1) -> Report:
-    """Exercise B2 of lesson 10: ``candidate(W, tuned, top_k, threshold)`` counts intruder dimensions."""
-    fix = (
-        "U of both from torch.linalg.svd(…, full_matrices=False); cosines = (U_W.T @ U_tuned[:, :top_k]).abs(); "
-        "count the columns whose largest value is below the threshold."
-    )
-
-    def draw(make: Callable[[bool], Case], tall: bool) -> tuple[int, int, Case]:
-        """The learner's count, the right one, and the case."""
-        while not is_clear(case := make(tall)):
-            continue
-        W, tuned, top_k, threshold = case
-        got = number(candidate(W.clone(), tuned.clone(), top_k, threshold))
-        return got, count_intruders(W.numpy(), tuned.numpy(), top_k, threshold), case
-
-    def compare(make: Callable[[bool], Case], question: str) -> None:
-        for tall in (True, False, True, False):
-            got, right, (W, _, top_k, threshold) = draw(make, tall)
-            if got == right:
-                continue
-            # One case may fit several mistakes, so the mistake is told by a case of every kind.
-            told = [draw(kind, tall) for kind in KINDS for tall in (True, False)]
-            wrong = [other_counts(*case) for *_, case in told]
-            note = named([each[0] for each in told], wrong, "not the new directions")
-            sizes = f"W {tuple(W.shape)}, top_k = {top_k}, threshold = {threshold:.2f}"
-            raise Wrong(f"{sizes}: you count {got} instead of {right}; {note}", question, fix)
-
-    def number(value: Any) -> int:
-        if isinstance(value, Tensor) and value.numel() == 1:
-            value = value.item()
-        if not (is_whole(value) or isinstance(value, np.integer)):
-            raise Wrong(
-                f"you return {type(value).__name__}: expected a whole number",
-                "Do you return the cosines, a share, or a count?",
-                fix,
-            )
-        return int(value)
-
-    def library() -> None:
-        while not (is_clear(case := low_rank_update(tall=False)) and is_clear((*case[:2], 10, 0.5))):
-            continue
-        got, right = number(candidate(*case[:2], 10, 0.5)), intruder_dimensions(*case[:2], 10, 0.5)
-        if got != right:
-            raise Wrong(f"you count {got}, the library {right}", "Does your function do the same at every call?", fix)
-
-    steps: list[Step] = [(words, partial(compare, make, question)) for make, (words, question) in KINDS.items()]
-    return run_steps("intruder dimensions", [*steps, ("equal to the library", library)], hint)
-
-
 def fair_difference(candidate: Callable[[list[Run], list[Run]], Sequence[Any]], hint: int = 1) -> Report:
     """Exercise C1 of lesson 10: ``candidate(runs_a, runs_b)`` is (mean, sd, n) of b − a, paired by seed."""
     fix = (
@@ -726,3 +447,305 @@ def fair_difference(candidate: Callable[[list[Run], list[Run]], Sequence[Any]], 
         ("fewer than two pairs: ValueError", too_few),
     ]
     return run_steps("a fair difference", steps, hint)
+
+
+MOVE = "Return best / factor or best * factor as long as the best rate is the lowest or the highest one, then None."
+
+
+def next_rate(candidate: Callable[..., float | None], hint: int = 1) -> Report:
+    """*Your turn* in lesson 10: ``candidate(tried, factor)`` is the rate to try next, or None once it is bracketed."""
+
+    def drawn(best: int, number: int, factor: float) -> dict[float, float]:
+        """Losses of a valley with its lowest point at that place, in any order."""
+        lowest = random.uniform(1e-4, 1e-2)
+        losses = {lowest * factor**i: 4 + 0.3 * abs(i - best) + random.uniform(0, 0.1) for i in range(number)}
+        return dict(random.sample(sorted(losses.items()), number))
+
+    def asked(tried: Mapping[float, float], factor: float) -> tuple[float | None, str]:
+        got = candidate(dict(tried), factor)
+        given = ", ".join(f"{rate:.2g}: {loss:.2f}" for rate, loss in sorted(tried.items()))
+        if got is not None:
+            need_number(got, "What is tried next: a rate, or nothing?", MOVE)
+        return got, f"tried {{{given}}} with factor {factor:g}: you return {got if got is None else f'{got:.3g}'}"
+
+    def need_rate(tried: Mapping[float, float], factor: float, *right: float) -> None:
+        got, told = asked(tried, factor)
+        if got is not None and any(close_number(got, rate, 1e-6) for rate in right):
+            return
+        low, high = min(tried), max(tried)
+        finite = {rate: loss for rate, loss in tried.items() if math.isfinite(loss)}
+        if got is None:
+            note = "the best rate has no worse one on one of its sides, so a better one may lie there"
+        elif any(close_number(got, rate, 1e-6) for rate in tried):
+            note = "that rate has been tried"
+        elif finite and close_number(got, max(finite, key=finite.__getitem__) * factor, 1e-6):
+            note = "that is beyond the rate with the highest loss"
+        elif factor != 3 and any(close_number(got, edge, 1e-6) for edge in (low / 3, high * 3)):
+            note = "the right way, by a factor of 3"
+        elif (got > high and right[0] < low) or (got < low and right[0] > high):
+            note = "the wrong way"
+        else:
+            note = "neither the lowest rate divided by the factor nor the highest times it"
+        raise Wrong(
+            f"{told} instead of {right[0]:.3g}: {note}",
+            "On which side of the best rate has nothing worse been tried yet?",
+            MOVE,
+        )
+
+    def need_end(tried: Mapping[float, float], factor: float) -> None:
+        got, told = asked(tried, factor)
+        if got is not None:
+            raise Wrong(
+                f"{told} instead of None, though a lower and a higher rate are both worse than the best",
+                "When do you know on both sides that it gets worse?",
+                MOVE,
+            )
+
+    def edge(high: bool) -> None:
+        for number in (2, 3, 5):
+            factor = random.choice((2.0, 5.0, 10.0))
+            tried = drawn(number - 1 if high else 0, number, factor)
+            need_rate(tried, factor, max(tried) * factor if high else min(tried) / factor)
+
+    def bracketed() -> None:
+        for best, number in ((1, 3), (2, 5), (3, 5), (1, 4)):
+            factor = random.choice((2.0, 5.0, 10.0))
+            need_end(drawn(best, number, factor), factor)
+
+    def diverged() -> None:
+        for bad in (math.nan, math.inf):
+            tried = drawn(0, 3, 3.0)
+            low, middle, high = sorted(tried)
+            need_rate({high: bad, middle: bad, low: tried[low]}, 3.0, low / 3)
+            need_end({high: bad, low: tried[middle], middle: tried[low]}, 3.0)
+            need_end({low: bad, high: tried[middle], middle: tried[low]}, 3.0)
+
+    def none_left() -> None:
+        for number in (2, 3):
+            rates = sorted(drawn(0, number, 3.0))
+            for order in (rates, rates[::-1]):
+                need_rate({rate: random.choice((math.nan, math.inf)) for rate in order}, 3.0, rates[0] / 3)
+
+    def alone() -> None:
+        ((rate, loss),) = drawn(0, 1, 3.0).items()
+        need_rate({rate: loss}, 4.0, rate / 4, rate * 4)
+
+    steps: list[Step] = [
+        ("the best is the highest rate tried: go higher", lambda: edge(True)),
+        ("the best is the lowest rate tried: go lower", lambda: edge(False)),
+        ("worse rates on both sides: None", bracketed),
+        ("a run that diverged is worse than any other", diverged),
+        ("all runs diverged: go below the lowest", none_left),
+        ("one rate alone", alone),
+    ]
+    return run_steps("the next rate", steps, hint)
+
+
+TOUCH = "best = min(results.values(), key=mean); the first setting for which min(losses) <= max(best)."
+
+
+def best_within_noise(candidate: Callable[[Mapping[Any, list[float]]], Any], hint: int = 1) -> Report:
+    """*Your turn* in lesson 10: ``candidate(results)`` is the cheapest setting whose range touches the best one's."""
+
+    def around(low: float, high: float) -> list[float]:
+        """The losses of three to five seeds from the lowest to the highest, in any order."""
+        losses = [low, high, *(random.uniform(low, high) for _ in range(random.randint(1, 3)))]
+        random.shuffle(losses)
+        return losses
+
+    def need(ranges: Sequence[tuple[float, float]], right: int, question: str) -> None:
+        """``ranges`` are the lowest and the highest loss of each setting, the cheapest first."""
+        names = random.sample((1, 2, 4, 8, 16, 32, 64), len(ranges))  # in the order of their cost, not of their size
+        results = {
+            name: around(2 + low, 2 + high) if low < high else [2 + low] * 3
+            for name, (low, high) in zip(names, ranges, strict=True)
+        }
+        got = candidate({name: list(losses) for name, losses in results.items()})
+        if isinstance(got, int) and got == names[right]:
+            return
+        means = {name: fmean(losses) for name, losses in results.items()}
+        best = min(means, key=means.__getitem__)
+        limit = max(results[best])
+        if not (isinstance(got, int) and got in results):
+            note = "that is not one of the settings"
+        elif min(results[got]) > limit:
+            note = "each of its seeds is worse than the worst of the best setting"
+        elif got == best:
+            note = "it has the lowest mean, and a cheaper one cannot be told from it"
+        else:
+            note = "a cheaper one cannot be told from the best either"
+        told = ", ".join(f"{name}: {min(ls):.2f} to {max(ls):.2f}" for name, ls in results.items())
+        raise Wrong(
+            f"the cheapest first, {told}: you return {got!r} instead of {names[right]}; {note}", question, TOUCH
+        )
+
+    def clear() -> None:
+        which = "Which settings have a seed that is as good as the worst seed of the best one?"
+        need([(0.9, 1.0), (0.6, 0.7), (0.1, 0.2)], 2, which)
+        need([(0.6, 0.7), (0.1, 0.2), (0.4, 0.5)], 1, which)
+        need([(0.1, 0.2), (0.6, 0.7), (0.3, 0.5)], 0, which)
+
+    def touching() -> None:
+        order = "Several settings are as good as the best. In which order do you look at them?"
+        need([(0.9, 1.0), (0.18, 0.4), (0.1, 0.2)], 1, order)
+        need([(0.9, 1.0), (0.17, 0.5), (0.15, 0.3), (0.1, 0.2), (0.6, 0.7)], 1, order)
+        need([(0.19, 0.6), (0.9, 1.0), (0.1, 0.2), (0.12, 0.3)], 0, order)
+
+    def chain() -> None:
+        neighbour = "With which setting do you compare: with the best, or with the next one?"
+        need([(0.25, 0.45), (0.18, 0.3), (0.1, 0.2)], 1, neighbour)
+        need([(0.55, 0.8), (0.4, 0.6), (0.25, 0.45), (0.1, 0.2)], 3, neighbour)
+
+    def lucky() -> None:
+        """One seed of 16 is the lowest of all, and its mean is high; by the mean 4 is the best, and 16 touches it."""
+        results = {8: [2.30, 2.31, 2.32], 32: [2.19, 2.21, 2.20], 16: [2.05, 2.60, 2.58], 4: [2.10, 2.11, 2.12]}
+        got = candidate({name: list(losses) for name, losses in results.items()})
+        if got != 16:
+            note = (
+                "one lucky seed does not make a setting the best"
+                if got in (8, 32)
+                else "16 touches it, and comes first"
+            )
+            raise Wrong(
+                f"the cheapest first, {results}: you return {got!r} instead of 16; {note}",
+                "By which number of its seeds is a setting the best: the lowest, or the mean?",
+                TOUCH,
+            )
+
+    def one_point() -> None:
+        same = "Two ranges share one point. Can you tell the settings apart?"
+        need([(0.5, 0.75), (0.25, 0.5)], 0, same)  # binary fractions, so that 2.5 is the same number for both
+        need([(0.25, 0.25), (0.25, 0.25)], 0, same)
+
+    steps: list[Step] = [
+        ("the best, if no cheaper one comes near", clear),
+        ("a cheaper one whose range touches that of the best", touching),
+        ("compared with the best, not with a neighbour", chain),
+        ("the best is the one with the lowest mean", lucky),
+        ("ranges that touch in one point", one_point),
+    ]
+    return run_steps("the best within the noise", steps, hint)
+
+
+class Valley:
+    """A pretended training run: its loss depends on the rate alone, and it remembers for which rates it was called."""
+
+    def __init__(self, optimum: float):
+        self.optimum = optimum
+        self.calls: list[float] = []
+        self.left, self.right = random.uniform(0.4, 0.6), random.uniform(0.6, 0.8)
+
+    def __call__(self, rate: float) -> float:
+        need_number(rate, "With what do you call loss_of?", "With one learning rate, a number.")
+        if rate <= 0:
+            raise Wrong(
+                f"you train at the rate {rate}", "Which way is lower?", "Divide by the factor; do not subtract."
+            )
+        self.calls.append(rate)
+        away = math.log10(rate / self.optimum)
+        if away > 1.2:
+            return math.nan
+        return 3.5 + (self.right if away > 0 else self.left) * away**2
+
+
+# How far the best rate lies from the guess. From 17 times above it on, training at the guess diverges.
+NEARBY, FAR, DIVERGING = (1.0, 1.4, 0.7), (3.0, 5.0, 10.0, 17.0, 28.0, 1 / 3, 1 / 5, 1 / 10), (1 / 17, 1 / 20, 1 / 28)
+NEAR, RUNS = 1.5, 8
+
+
+def rate_sweep(candidate: Callable[..., Sequence[Any]], hint: int = 1) -> Report:
+    """Exercise B2 of lesson 10: ``candidate(loss_of, guess, budget)`` is (rate, runs, bracketed)."""
+    plan = (
+        "Go by factors of 3 from the guess until the best rate has a worse one on each side; spend what is left on "
+        "finer steps around the best, for instance by √3."
+    )
+
+    def asked(valley: Valley, guess: float, budget: int) -> tuple[float, int, bool]:
+        question, fix = "What do you want to know after a sweep?", "Return Sweep(rate, runs, bracketed)."
+
+        def loss_of(rate: float) -> float:
+            if len(valley.calls) == budget:
+                raise Wrong(
+                    f"a budget of {budget} runs, and you start run {budget + 1}",
+                    "Where do you look at the budget before you train?",
+                    "Ask len(tried) < budget before each call of loss_of.",
+                )
+            return valley(rate)
+
+        got = candidate(loss_of, guess, budget)
+        rate, runs, bracketed = need_several(got, 3, "three values", question, fix)
+        need_number(rate, question, fix)
+        need_whole(runs, question, fix)
+        if not isinstance(bracketed, bool | np.bool_):
+            raise Wrong(f"bracketed is {bracketed!r}: expected True or False", question, fix)
+        return rate, runs, bool(bracketed)
+
+    def found(factors: Sequence[float]) -> None:
+        for factor in factors:
+            guess = random.uniform(1e-4, 1e-3)
+            valley = Valley(guess * factor)
+            rate, _, _ = asked(valley, guess, RUNS)
+            off = max(rate / valley.optimum, valley.optimum / rate) if rate > 0 else math.inf
+            if not any(close_number(rate, tried) for tried in valley.calls):
+                raise Wrong(
+                    f"you choose the rate {rate:.3g}, and it is none of the {len(valley.calls)} that you tried",
+                    "Do you know the loss at this rate?",
+                    "Choose one of the rates that you have trained with.",
+                )
+            if off > NEAR:
+                where = ", ".join(f"{each:.2g}" for each in valley.calls)
+                raise Wrong(
+                    f"guess {guess:.2g}, the best rate is {valley.optimum:.2g}; after {len(valley.calls)} of {RUNS} "
+                    f"runs (at {where}) you choose {rate:.2g}, which is a factor of {off:.1f} away",
+                    "Is the best rate that you tried between two worse ones, and are there runs left for finer steps?",
+                    plan,
+                )
+
+    def careful() -> None:
+        for factor in (1.0, 10.0, 0.1):
+            for budget in (1, 2, 4, RUNS):
+                guess = random.uniform(1e-4, 1e-3)
+                valley = Valley(guess * factor)
+                _, runs, _ = asked(valley, guess, budget)
+                calls = len(valley.calls)
+                twice = calls - len({float(f"{rate:.6g}") for rate in valley.calls})
+                if twice:
+                    raise Wrong(
+                        f"{twice} of your {calls} runs repeat a rate that you had tried",
+                        "Where do you remember what has been tried?",
+                        "Keep a dictionary {rate: loss}, and train only with rates that are not in it.",
+                    )
+                if runs != calls:
+                    raise Wrong(
+                        f"you report {runs} runs, and loss_of was called {calls} times (budget {budget})",
+                        "How many runs were paid for?",
+                        "runs = len(tried), if each run puts one rate into it.",
+                    )
+
+    def honest() -> None:
+        for factor in (*NEARBY, *FAR, *DIVERGING):
+            for budget in (2, 3, RUNS):
+                guess = random.uniform(1e-4, 1e-3)
+                valley = Valley(guess * factor)
+                _, _, bracketed = asked(valley, guess, budget)
+                losses = {each: valley(each) for each in tuple(valley.calls)}
+                finite = {each: loss for each, loss in losses.items() if math.isfinite(loss)}
+                best = min(finite, key=finite.__getitem__) if finite else None
+                right = best is not None and min(losses) < best < max(losses)
+                if bracketed != right:
+                    tried = ", ".join(f"{each:.2g}" for each in sorted(losses))
+                    raise Wrong(
+                        f"budget {budget}, tried {tried}, the best is {best if best is None else f'{best:.2g}'}: "
+                        f"you say bracketed = {bracketed}",
+                        "Has the best rate a lower one and a higher one beside it among those that were tried?",
+                        "bracketed = min(tried) < rate < max(tried).",
+                    )
+
+    steps: list[Step] = [
+        ("the best rate is near the guess", lambda: found(NEARBY)),
+        ("no run beyond the budget, none twice, all reported", careful),
+        ("the best rate is far from the guess", lambda: found(FAR)),
+        ("runs that diverge", lambda: found(DIVERGING)),
+        ("it says whether the best rate lies between two worse ones", honest),
+    ]
+    return run_steps("a sweep within a budget", steps, hint)
