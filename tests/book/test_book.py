@@ -62,7 +62,7 @@ def test_every_lesson_solution_and_module_has_a_page(html):
     wanted += [f"lessons/exercises/{path.stem}.html" for path in list_notebooks(SOLUTIONS)]
     wanted += [f"api/{name}.html" for name in book.modules()]
     wanted += ["index.html", "data/README.html", "licences.html", "contributing.html", "changelog.html", "search.html"]
-    wanted += ["teaching.html", "hosted.html", "map.html", "glossary.html", "claims.html"]
+    wanted += ["teaching.html", "hosted.html", "map.html", "glossary.html", "claims.html", "other_tools.html"]
     assert [name for name in wanted if not (html / name).exists()] == []
 
 
