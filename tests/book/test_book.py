@@ -112,6 +112,11 @@ def test_predicted_outputs_and_solutions_are_folded(html):
     assert "<details" in (html / "lessons" / "03_lora_layer.html").read_text(encoding="utf-8")
 
 
+def test_every_blank_of_the_books_own_pages_is_filled(html):
+    texts = {page.stem: (html / f"{page.stem}.html").read_text(encoding="utf-8") for page in book.BOOK.glob("*.md")}
+    assert [name for name, text in texts.items() if "{{" in text] == []
+
+
 def test_the_start_page_and_the_map_lead_to_every_lesson(html, pages):
     lessons = {f"lessons/{path.stem}.html" for path in list_notebooks(LESSONS)}
     for name in ("index.html", "map.html"):
