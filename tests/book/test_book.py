@@ -62,7 +62,7 @@ def test_every_lesson_solution_and_module_has_a_page(html):
     wanted += [f"lessons/exercises/{path.stem}.html" for path in list_notebooks(SOLUTIONS)]
     wanted += [f"api/{name}.html" for name in book.modules()]
     wanted += ["index.html", "data/README.html", "licences.html", "contributing.html", "changelog.html", "search.html"]
-    wanted += ["teaching.html", "hosted.html", "map.html", "glossary.html", "claims.html"]
+    wanted += ["teaching.html", "hosted.html", "map.html", "glossary.html", "claims.html", "other_tools.html"]
     assert [name for name in wanted if not (html / name).exists()] == []
 
 
@@ -110,6 +110,11 @@ def test_predicted_outputs_and_solutions_are_folded(html):
         encoding="utf-8"
     )
     assert "<details" in (html / "lessons" / "03_lora_layer.html").read_text(encoding="utf-8")
+
+
+def test_every_blank_of_the_books_own_pages_is_filled(html):
+    texts = {page.stem: (html / f"{page.stem}.html").read_text(encoding="utf-8") for page in book.BOOK.glob("*.md")}
+    assert [name for name, text in texts.items() if "{{" in text] == []
 
 
 def test_the_start_page_and_the_map_lead_to_every_lesson(html, pages):
