@@ -425,7 +425,7 @@ MERGE_ONCE = {
     "the product in the factors' type": (
         lambda w, a, b, s: (w.float() + s * (b @ a).float()).to(w.dtype),
         "also where A and B",
-        "product of A and B was computed in bfloat16",
+        "update was computed in bfloat16",
     ),
     "the update in the factors' type": (
         lambda w, a, b, s: (w.float() + (s * (b @ a)).float()).to(w.dtype),
