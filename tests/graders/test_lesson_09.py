@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from found import assert_random_state_kept, each_is_found, each_passes
 from lora_edu.course import checks
+from lora_edu.course.notebooks.stored import find_notebook, read
 
 pytestmark = pytest.mark.graders
 NOTEBOOK = "09_merge_switch_serve"
@@ -383,6 +384,79 @@ def counted(unmerged: float, merged: float, change: float) -> int | None:
 RIGHT_PAYS = {"counted": counted, "whole division": lambda u, m, c: int(c // (u - m)) + 1 if u > m else None}
 test_other_pays_pass = each_passes(checks.merging_pays, RIGHT_PAYS)
 test_merging_pays_names_the_mistake = each_is_found(checks.merging_pays, MERGING_PAYS)
+
+
+def merging(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    return (weight.float() + scaling * (b.float() @ a.float())).to(weight.dtype)
+
+
+def into_the_float32_weight(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    exact = weight.float()  # no copy of a float32 weight
+    exact += scaling * (b.float() @ a.float())
+    return exact.to(weight.dtype)
+
+
+def scales_b_in_place(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    wide = b.float()  # no copy of a float32 B
+    wide *= scaling
+    return merging(weight, a, wide, 1.0)
+
+
+def merges_and_returns_the_given_weight(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    return weight.copy_(merging(weight, a, b, scaling))
+
+
+MERGE_ONCE = {
+    "scale forgotten": (lambda w, a, b, s: merging(w, a, b, 1.0), "a float32 weight becomes", "the scale is missing"),
+    "scale twice": (lambda w, a, b, s: merging(w, a, b, s * s), "a float32 weight becomes", "in it twice"),
+    "the update alone": (lambda w, a, b, s: merging(0 * w, a, b, s), "a float32 weight becomes", "update alone"),
+    "subtracted": (lambda w, a, b, s: merging(w, a, b, -s), "a float32 weight becomes", "is subtracted"),
+    "A before B": (lambda w, a, b, s: w + s * (a @ b), "a float32 weight becomes", "shape"),
+    "factors transposed": (lambda w, a, b, s: w + s * (a.T @ b.T), "a float32 weight becomes", "size|shape"),
+    "the result transposed": (lambda w, a, b, s: merging(w, a, b, s).T, "a float32 weight becomes", "you return ("),
+    "nothing returned": (lambda w, a, b, s: None, "a float32 weight becomes", "NoneType"),
+    "left in float32": (lambda w, a, b, s: w + s * (b.float() @ a.float()), "keeps its type", "is float32"),
+    "all in the weight's type": (
+        lambda w, a, b, s: w + s * (b.to(w.dtype) @ a.to(w.dtype)),
+        "rounded once",
+        "whole merge was computed in bfloat16",
+    ),
+    "rounded twice": (lambda w, a, b, s: w + (s * (b.float() @ a.float())).to(w.dtype), "rounded once", "once more"),
+    "the product in the factors' type": (
+        lambda w, a, b, s: (w.float() + s * (b @ a).float()).to(w.dtype),
+        "also where A and B",
+        "update was computed in bfloat16",
+    ),
+    "the update in the factors' type": (
+        lambda w, a, b, s: (w.float() + (s * (b @ a)).float()).to(w.dtype),
+        "also where A and B",
+        "update was computed in bfloat16",
+    ),
+    "the weight written over": (merges_and_returns_the_given_weight, "stay as they were", "writes into weight"),
+    "a float32 weight written over": (
+        into_the_float32_weight,
+        "stay as they were",
+        "writes into weight (here float32)",
+    ),
+    "B scaled in place": (scales_b_in_place, "stay as they were", "writes into lora_B"),
+}
+RIGHT_MERGES = {
+    "addmm": lambda w, a, b, s: torch.addmm(w.float(), b.float(), a.float(), alpha=s).to(w.dtype),
+    "in float64": lambda w, a, b, s: (w.double() + s * (b.double() @ a.double())).to(w.dtype),
+    "into a clone": lambda w, a, b, s: w.clone().add_((s * b.float()) @ a.float()),
+}
+test_other_merges_pass = each_passes(checks.merge_once, RIGHT_MERGES)
+test_merge_once_names_the_mistake = each_is_found(checks.merge_once, MERGE_ONCE)
+
+
+@pytest.mark.parametrize(("which", "status"), [("source", "passed"), ("stub", "not done")])
+def test_your_turn_of_the_lesson(which: str, status: str) -> None:
+    cell = next(cell for cell in read(find_notebook(NOTEBOOK)).cells if "your-turn" in cell.metadata.get("tags", []))
+    space: dict = {"torch": torch}
+    exec(cell.source if which == "source" else cell.metadata["stub"], space)
+    report = checks.merge_once(space["merged"])
+    assert report.status == status, report.text
+    assert (report.passed == []) == (which == "stub")
 
 
 def test_checks_leave_the_random_state_alone(from_solution: Callable) -> None:

@@ -1,4 +1,5 @@
-"""The checks of lesson 09: undo a merge (A1), a mixed batch (B1), a hot-swap (B2), when merging pays (C1)."""
+"""The checks of lesson 09: undo a merge (A1), a mixed batch (B1), a hot-swap (B2), when merging pays (C1);
+in the lesson itself the merge that rounds once."""
 
 import contextlib
 import random
@@ -15,12 +16,14 @@ from lora_edu.course.checks.report import Report, Wrong, run_steps
 from lora_edu.course.checks.tools import (
     Operations,
     close,
+    dtype_name,
     is_tensor,
     is_whole,
     known_slip,
     need_refusal,
     normal,
     shape_or_type,
+    with_note,
 )
 
 BASE = "__base__"
@@ -455,3 +458,114 @@ def merging_pays(candidate: Callable[[float, float, float], Any], hint: int = 1)
         ("seconds with fractions", seconds),
     ]
     return run_steps("when merging pays", steps, hint)
+
+
+def merge_once(candidate: Callable[[Tensor, Tensor, Tensor, float], Any], hint: int = 1) -> Report:
+    """*Your turn* in lesson 09: ``candidate(weight, lora_A, lora_B, scaling)`` is W + s·BA, rounded once."""
+    whole = "(weight.float() + scaling * (lora_B.float() @ lora_A.float())).to(weight.dtype)"
+
+    def drawn(dtype: torch.dtype, factors: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, float]:
+        inputs, outputs = random.sample(range(24, 33), 2)
+        r, scaling = random.randint(2, 4), random.choice([0.5, 1.5, 3.0])
+        weight, a, b = torch.randn(outputs, inputs), torch.randn(r, inputs), 0.1 * torch.randn(outputs, r)
+        return weight.to(dtype), a.to(factors), b.to(factors), scaling
+
+    def ask(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+        got = candidate(weight.clone(), a.clone(), b.clone(), scaling)
+        if not is_tensor(got, weight.shape):
+            raise Wrong(
+                f"for a weight {tuple(weight.shape)} you return {shape_or_type(got)}",
+                "What are the shapes of A and of B, and in which order does their product have the weight's shape?",
+                "B is (out, r) and A is (r, in), so lora_B @ lora_A is (out, in), like the weight.",
+            )
+        return got
+
+    def need_nearest(dtype: torch.dtype, factors: torch.dtype = torch.float32) -> None:
+        weight, a, b, scaling = drawn(dtype, factors)
+        got = ask(weight, a, b, scaling)
+        right = weight.double() + scaling * (b.double() @ a.double())
+        # As near as this type allows; an answer in float32 may fall to either side of a tie.
+        off = (got.double() - right).abs() > (right.to(dtype).double() - right).abs() + 3e-6
+        if not off.any():
+            return
+        update = scaling * (b.float() @ a.float())
+        slips = [
+            (weight + scaling * (b @ a).float(), f"the update was computed in {dtype_name(a)}"),
+            (weight + (scaling * (b @ a)).float(), f"the update was computed in {dtype_name(a)}"),
+            (weight + update.to(dtype), "the update was rounded before it was added, and the sum once more"),
+            (weight + scaling * (b.to(dtype) @ a.to(dtype)), f"the whole merge was computed in {dtype_name(weight)}"),
+        ]
+        note = known_slip(got, [(wrong.to(dtype), words) for wrong, words in slips], torch.equal)
+        share = f"{off.float().mean().item():.0%} of the merged {dtype_name(weight)} weights are not those nearest to"
+        raise Wrong(
+            with_note(f"{share} W + s·BA ({dtype_name(a)} factors)", note),
+            "At which steps of your merge does a number become a half-precision one?",
+            f"Take everything to float32 first, and convert the sum: {whole}",
+        )
+
+    def plain() -> None:
+        weight, a, b, scaling = drawn(torch.float32)
+        got, update = ask(weight, a, b, scaling), b @ a
+        if close(got, weight + scaling * update, rtol=1e-5, atol=1e-5):
+            return
+        slips = [
+            (weight + update, "the scale is missing"),
+            (weight + scaling**2 * update, "the scale is in it twice"),
+            (weight + update / scaling, "the scale divides instead of multiplying"),
+            (scaling * update, "this is the update alone, without the weight"),
+            (weight - scaling * update, "the update is subtracted"),
+            (weight, "this is the weight as it was"),
+        ]
+        note = known_slip(got, slips, lambda ours, wrong: close(ours, wrong, rtol=1e-5, atol=1e-5))
+        raise Wrong(
+            with_note("a float32 weight does not become W + s·BA", note),
+            "What does the unmerged layer add to W x?",
+            whole,
+        )
+
+    def own_type() -> None:
+        for dtype in (torch.bfloat16, torch.float16):
+            weight, a, b, scaling = drawn(dtype)
+            got = ask(weight, a, b, scaling)
+            if got.dtype != dtype:
+                raise Wrong(
+                    f"the merged {dtype_name(weight)} weight is {dtype_name(got)}: a model that took it would grow",
+                    "In which type are the model's other weights?",
+                    "End with .to(weight.dtype).",
+                )
+
+    def once() -> None:
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            need_nearest(dtype)
+
+    def half_factors() -> None:
+        for dtype in (torch.bfloat16, torch.float16):
+            need_nearest(dtype, dtype)
+
+    def untouched() -> None:
+        for dtype in (torch.bfloat16, torch.float32):
+            weight, a, b, scaling = drawn(dtype)
+            given = weight.clone(), a.clone(), b.clone()
+            got = candidate(*given, scaling)
+            for name, before, after in zip(("weight", "lora_A", "lora_B"), (weight, a, b), given, strict=True):
+                if not torch.equal(before, after):
+                    raise Wrong(
+                        f"your function writes into {name} (here {dtype_name(before)}), and the caller still needs it",
+                        "Which of your operations work in place? Does .float() copy a tensor that is float32 already?",
+                        "Use + and *, not += and *=: these make new tensors.",
+                    )
+            if isinstance(got, Tensor) and got.data_ptr() in {tensor.data_ptr() for tensor in given}:
+                raise Wrong(
+                    "what you return lies in the memory of what you were given",
+                    "Which of your operations make a new tensor?",
+                    "Use +, which makes one.",
+                )
+
+    steps = [
+        ("a float32 weight becomes W + s·BA", plain),
+        ("a half-precision weight keeps its type", own_type),
+        ("computed in float32 and rounded once", once),
+        ("also where A and B are in half precision", half_factors),
+        ("weight, A and B stay as they were", untouched),
+    ]
+    return run_steps("merge, rounded once", steps, hint)
