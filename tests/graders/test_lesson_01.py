@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -12,10 +11,10 @@ import torch
 from found import assert_found, each_is_found, each_passes
 from lora_edu.course import checks
 from lora_edu.course.notebooks.stored import find_notebook, read
-from lora_edu.lowrank import eckart_young_error, low_rank_approximation, singular_values, truncated_svd
+from lora_edu.lowrank import eckart_young_error, energy_rank, low_rank_approximation, singular_values, truncated_svd
 
 pytestmark = pytest.mark.graders
-CHECKS = ["rank_r_approximation", "break_even_rank", "fitted_factors", "data_aware_approximation", "truncated_svd"]
+CHECKS = ["rank_r_approximation", "pieces_for_energy", "fitted_factors", "data_aware_approximation", "truncated_svd"]
 
 
 def pieces(W):
@@ -93,40 +92,74 @@ RIGHT_TRUNCATION = {
 test_other_truncations_pass = each_passes(checks.rank_r_approximation, RIGHT_TRUNCATION)
 
 
-def root(value: int) -> int:
-    return round(value**0.5)
+def held(W):
+    """The share of the energy that the first 1, 2, 3, … pieces hold."""
+    energy = singular_values(W) ** 2
+    return energy.cumsum(0) / energy.sum()
 
 
-BREAK_EVEN = {
-    "equal counts as smaller": (lambda d, k: d * k // (d + k), "square", "exactly as many as"),
-    "not whole": (lambda d, k: d * k / (d + k), "whole", "a float"),
-    "full rank": (lambda d, k: min(d, k) - 1, "whole", "more than"),
-    "half the smaller side": (lambda d, k: (min(d, k) - 1) // 2, "whole", "still below"),
-    "one side": (lambda d, k: d // 2 - 1, "whole", "more than"),
-    "root": (lambda d, k: root(d * k), "whole", "more than"),
-    "rounded up": (lambda d, k: -(-d * k // (d + k)), "whole", "more than"),
-    "one less than the floor": (lambda d, k: d * k // (d + k) - 1, "whole", "still below"),
-    "through floats": (lambda d, k: int(d * k / (d + k) - 1e-9), "very large", "numbers"),
-    "two factors per side": (lambda d, k: (d * k - 1) // (2 * (d + k)), "whole", "still below"),
+def kept(values, share):
+    return int((values.cumsum(0) / values.sum() < share).sum()) + 1
+
+
+ENERGY = {
+    "values in place of squares": (lambda W, share: kept(singular_values(W), share), "square matrix", "in place of σ²"),
+    "fourth powers": (lambda W, share: kept(singular_values(W) ** 4, share), "square matrix", "hold only"),
+    "counted from 0": (lambda W, share: int((held(W) < share).sum()), "one piece", "counted from 0"),
+    "one too many": (lambda W, share: int((held(W) < share).sum()) + 2, "one piece", "already"),
+    "the error at most 1 − share": (
+        lambda W, share: int(((1 - held(W)).clamp(min=0).sqrt() > 1 - share).sum()) + 1,
+        "square matrix",
+        "already",
+    ),
+    "the smallest first": (
+        lambda W, share: kept(singular_values(W).flip(0) ** 2, share),
+        "one piece",
+        "already",
+    ),
+    "a share of the pieces": (lambda W, share: math.ceil(share * min(W.shape)), "one piece", "already"),
+    "not divided by the whole": (
+        lambda W, share: int(((singular_values(W) ** 2).cumsum(0) < share).sum()) + 1,
+        "square matrix|a thousand times",
+        "hold only",
+    ),
+    "values above a threshold": (
+        lambda W, share: int((singular_values(W) > (1 - share) * singular_values(W)[0]).sum()),
+        "square matrix",
+        "already",
+    ),
+    "all of them": (lambda W, share: int(torch.linalg.matrix_rank(W)), "one piece", "already"),
+    "a share": (lambda W, share: held(W)[0].item(), "one piece", "expected a whole number"),
+    "the comparisons": (lambda W, share: held(W) < share, "one piece", "expected a whole number"),
+    "the library's": (lambda W, share: energy_rank(W, share), "one piece", "you call energy_rank"),
 }
-test_break_even_names_the_mistake = each_is_found(checks.break_even_rank, BREAK_EVEN)
+test_pieces_for_energy_names_the_mistake = each_is_found(checks.pieces_for_energy, ENERGY)
 
 
-def counted(d, k):
-    r = 0
-    while (r + 1) * (d + k) < d * k:
+def counted(W, share):
+    energy = [s**2 for s in singular_values(W).tolist()]
+    r = 1
+    while sum(energy[:r]) < share * sum(energy):
         r += 1
     return r
 
 
-RIGHT_BREAK_EVEN = {
-    "rounded up, less one": lambda d, k: math.ceil(Fraction(d * k, d + k)) - 1,
-    "whole division upwards": lambda d, k: -(-d * k // (d + k)) - 1,
-    "a tie taken off": lambda d, k: d * k // (d + k) - (d * k % (d + k) == 0),
+def by_errors(W, share):
+    """The first r at which the best approximation leaves no more than the rest."""
+    rest = (1 - share) * W.norm().item() ** 2
+    return next(r for r in range(1, min(W.shape) + 1) if (W - first(W, r)).norm() ** 2 <= rest)
+
+
+RIGHT_ENERGY = {
     "counted": counted,
-    "through a ceiling of floats": lambda d, k: math.ceil(d * k / (d + k)) - 1,
+    "by the errors": by_errors,
+    "searched": lambda W, share: int(torch.searchsorted(held(W), share)) + 1,
+    "eigenvalues": lambda W, share: kept(torch.linalg.eigvalsh(W.T @ W).flip(0), share),
+    "in numpy": lambda W, share: (
+        int(np.argmax(np.cumsum(np.linalg.svd(W.numpy())[1] ** 2) >= share * (W**2).sum().item())) + 1
+    ),
 }
-test_other_break_evens_pass = each_passes(checks.break_even_rank, RIGHT_BREAK_EVEN)
+test_other_counts_of_pieces_pass = each_passes(checks.pieces_for_energy, RIGHT_ENERGY)
 
 
 def als(W, r, sweeps=40):
@@ -412,11 +445,6 @@ def test_numbers_in_the_prose() -> None:
     """What the lesson's folded answers and its text state without printing it."""
     assert eckart_young_error(torch.tensor([4.0, 2, 1]), 1) == pytest.approx((5**0.5, 2))
     assert f"{5**0.5:.3f}" == "2.236"
-    assert 16 * (1536 + 576) == 33_792
-    assert f"{1536 * 576 / (1536 + 576):.1f}" == "418.9"
-    assert 4096 * 4096 // (4096 + 4096) == 2048
     W = low_rank_approximation(torch.randn(9, 7, dtype=torch.float64), 5)
     assert W.norm() == pytest.approx((W**2).sum().sqrt())  # the Frobenius norm, and from singular values
     assert W.norm() == pytest.approx(singular_values(W).norm())
-    a, b = torch.randn(2, 200, 200, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    assert (a / a.norm() - b / b.norm()).norm() == pytest.approx(2**0.5, rel=0.01)  # unrelated, of one norm

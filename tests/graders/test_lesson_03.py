@@ -350,206 +350,6 @@ def test_layer_without_peft_leaves_its_step_out(monkeypatch: pytest.MonkeyPatch)
     assert "PEFT" not in report.text
 
 
-def by_hand(g: Any, x: Any, W: Any, A: Any, B: Any, s: float) -> tuple[Any, Any, Any]:
-    G = g.reshape(-1, g.shape[-1]).T @ x.reshape(-1, x.shape[-1])
-    return s * B.T @ G, s * G @ A.T, g @ (W + s * B @ A)
-
-
-def changed(index: int, change: Callable[..., Any]) -> Callable[..., tuple[Any, ...]]:
-    def answer(*args: Any) -> tuple[Any, ...]:
-        right = list(by_hand(*args))
-        right[index] = change(right[index], *args)
-        return tuple(right)
-
-    return answer
-
-
-GRADIENTS = {
-    "A and B in the wrong order": (lambda *a: [by_hand(*a)[i] for i in (1, 0, 2)], "shape", "your gradient of A"),
-    "dA transposed": (changed(0, lambda d, *a: d.T), "shape", "your gradient of A"),
-    "no dx": (lambda *a: by_hand(*a)[:2], "shape", "2 tensors"),
-    "dB unscaled": (changed(1, lambda d, *a: d / a[-1]), "∂L/∂B", "scale s is missing"),
-    "dB scaled twice": (changed(1, lambda d, *a: d * a[-1]), "∂L/∂B", "twice"),
-    "dA unscaled": (changed(0, lambda d, *a: d / a[-1]), "∂L/∂A", "scale s is missing"),
-    "dA with the wrong sign": (changed(0, lambda d, *a: -d), "∂L/∂A", "sign"),
-    "dA averaged": (changed(0, lambda d, *a: d / len(a[0])), "∂L/∂A", "off by 80%"),
-    "dx frozen path only": (changed(2, lambda d, *a: a[0] @ a[2]), "∂L/∂x", "adapter's term is missing"),
-    "dx adapter only": (changed(2, lambda d, *a: d - a[0] @ a[2]), "∂L/∂x", "frozen path's is missing"),
-    "dx unscaled": (changed(2, lambda d, *a: a[0] @ (a[2] + a[4] @ a[3])), "∂L/∂x", "lacks the scale"),
-    "two dimensions only": (
-        lambda g, x, W, A, B, s: (s * B.T @ (g.mT @ x), s * (g.mT @ x) @ A.T, g @ (W + s * B @ A)), "sequences", "",
-    ),
-}  # fmt: skip
-
-
-def by_autograd(g: Any, x: Any, W: Any, A: Any, B: Any, s: float) -> tuple[Any, ...]:
-    with torch.enable_grad():
-        leaves = [tensor.clone().requires_grad_() for tensor in (A, B, x)]
-        y = leaves[2] @ W.T + s * leaves[2] @ leaves[0].T @ leaves[1].T
-        return torch.autograd.grad(y, leaves, g)
-
-
-def by_backward(g: Any, x: Any, W: Any, A: Any, B: Any, s: float) -> tuple[Any, ...]:
-    with torch.enable_grad():
-        leaves = [tensor.clone().requires_grad_() for tensor in (A, B, x)]
-        (leaves[2] @ W.T + s * leaves[2] @ leaves[0].T @ leaves[1].T).backward(g)
-    return tuple(leaf.grad for leaf in leaves)
-
-
-def by_vjp(g: Any, x: Any, W: Any, A: Any, B: Any, s: float) -> tuple[Any, ...]:
-    _, pull = torch.func.vjp(lambda A, B, x: x @ W.T + s * x @ A.T @ B.T, A, B, x)
-    return pull(g)
-
-
-GRADIENTS |= {
-    "autograd": (by_autograd, "shape", "you let autograd"),
-    "backward": (by_backward, "shape", "you let autograd"),
-    "autograd without its graph": (lambda g, x, *rest: torch.autograd.grad(x.sum(), x), "shape", "you let autograd"),
-    "a function transform": (by_vjp, "shape", "you let autograd"),
-}
-test_gradients_name_the_mistake = each_is_found(checks.lora_gradients, GRADIENTS)
-
-
-def by_index_sums(g: Any, x: Any, W: Any, A: Any, B: Any, s: float) -> tuple[Any, ...]:
-    dA = s * torch.einsum("...o,or,...i->ri", g, B, x)
-    dB = s * torch.einsum("...o,...i,ri->or", g, x, A)
-    return dA, dB, torch.einsum("...o,oi->...i", g, W + s * B @ A)
-
-
-def row_by_row(g: Any, x: Any, W: Any, A: Any, B: Any, s: float) -> list[Any]:
-    dA, dB = torch.zeros_like(A), torch.zeros_like(B)
-    for row_g, row_x in zip(g.reshape(-1, len(B)), x.reshape(-1, len(A.T)), strict=True):
-        dA += s * torch.outer(B.T @ row_g, row_x)
-        dB += s * torch.outer(row_g, A @ row_x)
-    return [dA, dB, g @ W + s * (g @ B) @ A]
-
-
-RIGHT_GRADIENTS = {"with G": by_hand, "index sums": by_index_sums, "row by row": row_by_row}
-test_other_gradients_pass = each_passes(checks.lora_gradients, RIGHT_GRADIENTS)
-
-
-class Tutorial(nn.Module):
-    def __init__(self, in_dim: int, out_dim: int, rank: int, alpha: float, dropout: float):
-        super().__init__()
-        self.linear = nn.Linear(in_dim, out_dim, bias=False)
-        self.lora_a, self.lora_b = nn.Linear(in_dim, rank, bias=False), nn.Linear(rank, out_dim, bias=False)
-        self.rank, self.alpha = rank, alpha
-        self.dropout = nn.Dropout(p=dropout)
-        self.linear.weight.requires_grad = False
-        nn.init.zeros_(self.lora_b.weight)
-        self.change()
-
-    def change(self) -> None:
-        pass
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.linear(x) + (self.alpha / self.rank) * self.lora_b(self.lora_a(self.dropout(x)))
-
-
-class NoSuper(Tutorial):
-    def __init__(self, in_dim: int, out_dim: int, rank: int, alpha: float, dropout: float):
-        self.linear = nn.Linear(in_dim, out_dim, bias=False)
-
-
-class TutorialRandomB(Tutorial):
-    def change(self) -> None:
-        self.lora_b.reset_parameters()
-
-
-class TutorialDead(Tutorial):
-    def change(self) -> None:
-        nn.init.zeros_(self.lora_a.weight)
-
-
-class TutorialOtherStart(Tutorial):
-    def change(self) -> None:
-        nn.init.zeros_(self.lora_a.weight)
-        self.lora_b.reset_parameters()
-
-
-class TutorialLargeStart(Tutorial):
-    def change(self) -> None:
-        nn.init.normal_(self.lora_a.weight)
-
-
-class TutorialTrainsAll(Tutorial):
-    def change(self) -> None:
-        self.requires_grad_(True)
-
-
-class TutorialNoDropout(Tutorial):
-    def change(self) -> None:
-        self.dropout = nn.Identity()
-
-
-class TutorialDropsLate(Tutorial):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.linear(x) + (self.alpha / self.rank) * self.lora_b(self.dropout(self.lora_a(x)))
-
-
-class TutorialDropsInEval(Tutorial):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.linear(x) + (self.alpha / self.rank) * self.lora_b(self.lora_a(F.dropout(x, self.dropout.p)))
-
-
-class TutorialFlattering(Tutorial):
-    """Its linear layer says that it gives whatever the whole gives."""
-
-    def __init__(self, in_dim: int, out_dim: int, rank: int, alpha: float, dropout: float):
-        super().__init__(in_dim, out_dim, rank, alpha, dropout)
-        self.lora_b.reset_parameters()
-        self.linear.forward = lambda x: x @ self.linear.weight.T + self.lora_b(self.lora_a(x))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.linear(x)
-
-
-class TutorialOfItsOwn(nn.Module):
-    """Right, with another way to every part."""
-
-    def __init__(self, in_dim: int, out_dim: int, rank: int, alpha: float, dropout: float):
-        nn.Module.__init__(self)
-        self.linear = nn.Linear(in_dim, out_dim, bias=False).requires_grad_(False)
-        self.lora_a, self.lora_b = nn.Linear(in_dim, rank, bias=False), nn.Linear(rank, out_dim, bias=False)
-        nn.init.normal_(self.lora_a.weight, std=1 / rank)
-        with torch.no_grad():
-            self.lora_b.weight.fill_(0)
-        self.scaling, self.p = alpha / rank, dropout
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.linear(x) + self.lora_b(self.lora_a(F.dropout(x, self.p, self.training))) * self.scaling
-
-
-class TutorialRenamed(Tutorial):
-    def change(self) -> None:
-        self.down = self.lora_a
-        del self.lora_a
-
-
-class TutorialAlphaOnly(Tutorial):
-    def change(self) -> None:
-        self.rank = 1
-
-
-TUTORIAL = {
-    NoSuper: ("can be built", "cannot be built"),
-    TutorialRenamed: ("can be built", "lora_a.weight is no parameter"),
-    TutorialRandomB: ("starts at its linear layer", "away from its linear layer"),
-    TutorialDead: ("of the lesson's size", "lora_a and lora_b both start at zero"),
-    TutorialOtherStart: ("of the lesson's size", "lora_a starts at zero and lora_b at random"),
-    TutorialLargeStart: ("of the lesson's size", "× that of the lesson's start"),
-    TutorialTrainsAll: ("only lora_a and lora_b", "linear.weight"),
-    TutorialAlphaOnly: ("still scaled", "r is not"),
-    TutorialNoDropout: ("x is still dropped", "nothing is dropped"),
-    TutorialDropsLate: ("x is still dropped", "comes after A"),
-    TutorialDropsInEval: ("x is still dropped", "after layer.eval()"),
-    TutorialFlattering: ("starts at its linear layer", "away from its linear layer"),
-}
-test_mended_tutorial_names_the_mistake = each_is_found(checks.mended_tutorial, by_class(TUTORIAL))
-RIGHT_TUTORIAL = {"as printed": Tutorial, "another way to every part": TutorialOfItsOwn}
-test_other_tutorials_pass = each_passes(checks.mended_tutorial, RIGHT_TUTORIAL)
-
-
 class Branch(nn.Module):
     """As in the exercise."""
 
@@ -869,7 +669,20 @@ def of_a(formula: Callable[[Any, Any], Any]) -> Callable[..., Any]:
     return lambda layer, x, g: formula(layer, g.flatten(0, -2).T @ x.flatten(0, -2))
 
 
+def by_autograd(layer: Any, x: Any, g: Any) -> Any:
+    with torch.enable_grad():
+        return torch.autograd.grad(layer(x), layer.lora_A, g)[0]
+
+
+def by_backward(layer: Any, x: Any, g: Any) -> Any:
+    with torch.enable_grad():
+        layer(x).backward(g)
+    return layer.lora_A.grad
+
+
 GRADIENT_OF_A = {
+    "by autograd": (by_autograd, "a batch of inputs", "let autograd differentiate"),
+    "by backward": (by_backward, "a batch of inputs", "let autograd differentiate"),
     "no scale": (of_a(lambda f, G: f.lora_B.T @ G), "a batch of inputs", "scale s is missing"),
     "scaled twice": (of_a(lambda f, G: f.scaling**2 * f.lora_B.T @ G), "a batch of inputs", "twice"),
     "the step": (of_a(lambda f, G: -f.scaling * f.lora_B.T @ G), "a batch of inputs", "sign"),

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
@@ -19,36 +18,9 @@ from transformers.pytorch_utils import Conv1D
 
 from found import each_is_found, each_passes
 from lora_edu.counting import lora_parameters
-from lora_edu.counting.parameters import lora_formula
 from lora_edu.course import checks
 
 pytestmark = pytest.mark.graders
-
-
-LORA_COUNT = {
-    "product of the sides": (lambda i, o, r: r * i * o, "a square layer", "multiply the two sides"),
-    "the weight itself": (lambda i, o, r: i * o, "a square layer", "size of the weight itself"),
-    "rank forgotten": (lambda i, o, r: i + o, "a square layer", "does not depend on r"),
-    "bias added": (lambda i, o, r: r * (i + o) + o, "a square layer", "LoRA adds none"),
-    "frozen weight added": (lambda i, o, r: r * (i + o) + i * o, "a square layer", "frozen weight, too"),
-    "only A": (lambda i, o, r: r * i, "a square layer", "the other is missing"),
-    "square assumed": (lambda i, o, r: 2 * r * i, "not square", "as if the layer were square"),
-    "square assumed from the output": (lambda i, o, r: 2 * r * o, "not square", "as if the layer were square"),
-    "the library's": (lambda i, o, r: lora_formula([(o, i)], r), "a square layer", "you call lora_formula"),
-    "a float": (lambda i, o, r: r * (i + o) / 1, "a square layer", "expected a whole number"),
-    "nothing returned": (lambda i, o, r: None, "a square layer", "you return None"),
-    "r by r core": (lambda i, o, r: r * r, "a square layer", "not the number of entries of A and B"),
-}
-test_lora_count_names_the_mistake = each_is_found(checks.lora_count, LORA_COUNT)
-
-
-RIGHT_COUNT = {
-    "A and B": lambda i, o, r: r * i + o * r,
-    "of two tensors": lambda i, o, r: torch.empty(r, i).numel() + torch.empty(o, r).numel(),
-    "with NumPy": lambda i, o, r: np.int64(r) * (i + o),
-    "of two layers": lambda i, o, r: nn.Linear(i, r, bias=False).weight.numel() + nn.Linear(r, o).weight.numel(),
-}
-test_other_counts_pass = each_passes(checks.lora_count, RIGHT_COUNT)
 
 
 def right_numbers(lora: int, base: int, head: int = 0) -> tuple[int, int, float]:

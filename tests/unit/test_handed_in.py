@@ -152,7 +152,7 @@ def test_a_lesson_is_not_taken_for_its_exercises(folder, sort):
 
 
 def test_two_exercises_in_one_notebook(tmp_path):
-    both = new_notebook(cells=[*ONE_CHECK.cells, new_code_cell("checks.break_even_rank(break_even)")])
+    both = new_notebook(cells=[*ONE_CHECK.cells, new_code_cell("checks.pieces_for_energy(pieces_needed)")])
     write(both, tmp_path / "both.ipynb")
     with pytest.raises(NotebookError, match=f"it holds as much of {NAME} as of {OTHER}: hand in one notebook for each"):
         recognise(tmp_path / "both.ipynb", EXERCISES)

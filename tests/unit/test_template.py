@@ -8,6 +8,7 @@ from lora_edu.course.checks.report import Wrong, run_steps
 from lora_edu.course.notebooks.inspection import over_budget
 from lora_edu.course.notebooks.predictions import predictions, problems_of_predictions, shares
 from lora_edu.course.notebooks.your_turn import learners_copy, problems_of_your_turn
+from lora_edu.lowrank import truncated_svd
 
 QUESTION = "> **Predict.** How many?\n>\n> - (a) one\n> - (b) two\n> - (c) none"
 ANSWER = "<details><summary>Answer</summary>\n\n(b). One and one.\n\nNot (a).\n\n</details>"
@@ -105,7 +106,9 @@ def test_use_goes_on_with_what_passes(capsys):
     assert capsys.readouterr().out == "✓ 3 becomes 6\n"
     for candidate in (stub, abs):
         assert checks.use(candidate, otherwise=right, check=check) is right
-        assert "Until yours passes, the lesson goes on with the library's right." in capsys.readouterr().out
+        assert "Until yours passes, the lesson goes on with right." in capsys.readouterr().out
+    assert checks.use(abs, otherwise=truncated_svd, check=check) is truncated_svd
+    assert "Until yours passes, the lesson goes on with the library's truncated_svd." in capsys.readouterr().out
     checks.use(abs, otherwise=right, check=check, hint=3)
     assert "Write 2 * x." in capsys.readouterr().out
 

@@ -1,4 +1,4 @@
-"""Checks of lesson 01: truncation (A1), break-even (A2), factors without an SVD (B1), best for the inputs (C1).
+"""Checks of lesson 01: truncation (A1), energy (A2), factors without an SVD (B1), best for the inputs (C1).
 
 The last one is that of the lesson's *Your turn* cell.
 """
@@ -17,8 +17,8 @@ from lora_edu.course.checks.tools import (
     is_several,
     is_tensor,
     is_transposed,
-    is_whole,
     known_slip,
+    need_whole,
     normal,
     shape_or_type,
     with_note,
@@ -121,52 +121,56 @@ def rank_r_approximation(candidate: Callable[..., Any], hint: int = 1) -> Report
     return run_steps("Truncated SVD", steps, hint)
 
 
-def break_even_rank(candidate: Callable[..., Any], hint: int = 1) -> Report:
-    """Exercise A2 of lesson 01: ``candidate(d, k)`` is the largest whole r with r(d + k) < dk."""
+@without(
+    "lora_edu.lowrank.energy_rank",
+    symptom="you call {name}, which counts for you",
+    question="The energy of a piece is σ². How much of the whole do the first r pieces hold together?",
+    fix="Compare the cumulative sums of sigma**2, divided by their total, with the share, and count.",
+)
+def pieces_for_energy(candidate: Callable[..., Any], hint: int = 1) -> Report:
+    """Exercise A2 of lesson 01: ``candidate(W, share)`` is the smallest r whose pieces hold this share of ‖W‖²."""
 
-    def test(d: int, k: int) -> None:
-        r = candidate(d, k)
-        if not is_whole(r):
-            raise Wrong(
-                f"for {d} × {k} you return {r!r}, a {type(r).__name__}",
-                "Can a matrix have 418.9 columns?",
-                "Return an int: // divides whole numbers.",
-            )
-        factors, full = r * (d + k), d * k
-        if factors >= full:
-            relation = "exactly as many as" if factors == full else "more than"
-            raise Wrong(
-                f"for {d} × {k} you say r={r}: that is {factors:,} numbers, {relation} the matrix ({full:,})",
-                "Is a rank still smaller when both counts are equal?",
-                "Find the largest r with r·(d + k) ≤ dk − 1: (d·k − 1) // (d + k).",
-            )
-        if (r + 1) * (d + k) < full:
-            raise Wrong(
-                f"for {d} × {k} you say r={r}, but r={r + 1} needs {(r + 1) * (d + k):,} numbers, still below {full:,}",
-                "What do d and k each contribute to r(d + k)?",
-                "Solve r·(d + k) < d·k for r; for shapes that are not square half the smaller side is not the answer.",
-            )
+    def test(m: int, n: int, right: int, scale: float = 1.0) -> None:
+        W = scale * draw_matrix(m, n)
+        values = torch.linalg.svdvals(W)
+        held = [0.0, *(values**2).cumsum(0).div((values**2).sum()).tolist()]  # by 0, 1, 2, … pieces
+        share = (held[right - 1] + held[right]) / 2  # far from both, so that rounding decides nothing
+        r = need_whole(
+            candidate(W.clone(), share),
+            "How many pieces are 2.4 pieces?",
+            "Return an int, for example int((…).sum()) of the comparisons.",
+        )
+        if r == right:
+            return
+        added = (values.cumsum(0) / values.sum()).tolist()
+        slips = [
+            (1 + sum(part < share for part in added), "so many are needed if σ is added up in place of σ²"),
+            (right - 1, "is it the place of the last piece, counted from 0?"),
+        ]
+        whole = f"for W of shape {(m, n)} and a share of {share:.1%} you return r={r}"
+        if not 0 <= r < len(held):
+            symptom = f"{whole}, but W has {len(held) - 1} pieces"
+        elif r < right:
+            symptom = f"{whole}, and the first {r} hold only {held[r]:.1%}"
+        else:
+            symptom = f"{whole}, and the first {right} hold {held[right]:.1%} already"
+        raise Wrong(
+            with_note(symptom, known_slip(r, slips)),
+            "What do the first 1, 2, 3, … pieces hold together, and where does this first reach the share?",
+            "Divide (sigma**2).cumsum(0) by (sigma**2).sum(), count what is below the share, and add 1.",
+        )
 
-    def squares() -> None:
-        for half in (2048, 288, between(9, 999)):
-            test(2 * half, 2 * half)
-
-    def rectangles() -> None:
-        for d, k in ((1536, 576), (576, 1536), (between(100, 200), between(3000, 4000)), (4096, 1)):
-            test(d, k)
-
-    def exact() -> None:
-        # In floats a small correction of the answer is lost above 2²⁴; counting up to it still takes few seconds.
-        d = 2 * between(17_000_000, 18_000_000)
-        test(d, d)
+    def shapes() -> None:
+        test(between(9, 12), 7, right=2)
+        test(7, between(9, 12), right=4)
 
     steps = [
-        ("a whole number", lambda: test(1537, 577)),
-        ("right for square matrices", squares),
-        ("right for other shapes", rectangles),
-        ("right for very large shapes", exact),
+        ("one piece can be enough", lambda: test(8, 6, right=1)),
+        ("right for a square matrix", lambda: test(9, 9, right=3)),
+        ("right for other shapes", shapes),
+        ("a thousand times W needs as many", lambda: test(8, 10, right=3, scale=1000)),
     ]
-    return run_steps("Break-even rank", steps, hint)
+    return run_steps("Pieces for a share of the energy", steps, hint)
 
 
 @without(

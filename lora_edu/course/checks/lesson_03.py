@@ -1,5 +1,5 @@
-"""The checks of lesson 03: the gradient of x (A1), three published layers mended (A2 to A4), the layer (B1), its
-gradients by hand (B2), a tolerated rate (C1); in the lesson itself the layer's forward pass and the gradient of A."""
+"""The checks of lesson 03: the gradient of x (A1), two published layers mended (A2, A3), the layer (B1), a tolerated
+rate (C1); in the lesson itself the layer's forward pass and the gradient of A."""
 
 import copy
 import importlib.util
@@ -19,7 +19,6 @@ from lora_edu.course.checks.starts import need_one_zero, need_start
 from lora_edu.course.checks.tools import (
     close,
     dtype_name,
-    is_several,
     is_tensor,
     known_slip,
     need_scale,
@@ -116,87 +115,8 @@ def lora_forward(candidate: Callable[..., Tensor], hint: int = 1) -> Report:
     return run_steps("forward pass", steps, hint)
 
 
-def mended_tutorial(candidate: Callable[..., Any], hint: int = 1) -> Report:
-    """Exercise A2: the tutorial's ``candidate(in_dim, out_dim, rank, alpha, dropout)``, which could not be built."""
-
-    def build() -> tuple[Any, int, float]:
-        inputs, outputs, r, alpha = sizes()
-        return candidate(inputs, outputs, r, alpha, 0.0).double(), r, alpha
-
-    def constructed() -> None:
-        inputs, outputs, r, alpha = sizes()
-        try:
-            layer = candidate(inputs, outputs, r, alpha, 0.0)
-        except AttributeError as error:
-            raise Wrong(
-                f"your class cannot be built: {error}",
-                "nn.Module must be ready before anything can be assigned to it. Which call makes it so?",
-                "super().__init__() is the first line of __init__.",
-            ) from None
-        names = {name for name, _ in layer.named_parameters()}
-        if missing := sorted({"linear.weight", "lora_a.weight", "lora_b.weight"} - names):
-            raise Wrong(
-                f"{missing[0]} is no parameter of your layer", "Are the names the tutorial's?", "Keep its names."
-            )
-
-    def starts() -> None:
-        layer, _, _ = build()
-        x = normal(4, layer.linear.weight.shape[1])
-        frozen_out = x @ layer.linear.weight.T
-        if not close(layer(x), frozen_out):
-            raise Wrong(
-                f"the fresh layer is {off_by(layer(x), frozen_out):.0%} away from its linear layer",
-                "Which values does nn.Linear give lora_b?",
-                "nn.init.zeros_(self.lora_b.weight)",
-            )
-
-    def size() -> None:
-        def fresh(linear: nn.Linear, r: int) -> tuple[Tensor, Tensor]:
-            layer = candidate(linear.in_features, linear.out_features, r, 8, 0.0)
-            return layer.lora_a.weight, layer.lora_b.weight
-
-        need_start(fresh, "lora_a", "lora_b")
-
-    def frozen() -> None:
-        layer, _, _ = build()
-        trains = sorted(trainable(layer))
-        if trains != ["lora_a.weight", "lora_b.weight"]:
-            raise Wrong(f"these train: {', '.join(trains)}", "Which should?", "lora_a.weight and lora_b.weight only.")
-
-    def scale() -> None:
-        layer, r, alpha = build()
-        nn.init.normal_(layer.lora_b.weight)
-        x = normal(4, layer.linear.weight.shape[1])
-        update = layer(x) - x @ layer.linear.weight.T
-        need_scale(update, x @ layer.lora_a.weight.T @ layer.lora_b.weight.T, alpha, r)
-
-    def dropped() -> None:
-        inputs, outputs, r, alpha = sizes()
-        layer = candidate(inputs, outputs, r, alpha, 0.5).double()
-        nn.init.normal_(layer.lora_b.weight)
-        x, a, b = one_at_a_time(inputs), layer.lora_a.weight, layer.lora_b.weight
-        whole = alpha / r * x @ a.T @ b.T
-        need_dropped_inputs(layer.train()(x) - x @ layer.linear.weight.T, whole)
-        if not close(layer.eval()(x) - x @ layer.linear.weight.T, whole):
-            raise Wrong(
-                "after layer.eval() something is still dropped",
-                "Who tells the dropout whether the layer is training?",
-                "Keep the tutorial's self.dropout = nn.Dropout(p=dropout).",
-            )
-
-    steps: list[Step] = [
-        ("can be built", constructed),
-        ("starts at its linear layer", starts),
-        ("lora_a starts random, of the lesson's size, and lora_b at zero", size),
-        ("only lora_a and lora_b train", frozen),
-        ("the update is still scaled by alpha / rank", scale),
-        ("x is still dropped on its way into lora_a", dropped),
-    ]
-    return run_steps("mended tutorial", steps, hint)
-
-
 def mended_shapes(candidate: Callable[[nn.Module, int], dict[str, Any]], hint: int = 1) -> Report:
-    """Exercise A3: ``candidate(model, rank)`` gives {name: branch} for every linear layer, also those not square."""
+    """Exercise A2: ``candidate(model, rank)`` gives {name: branch} for every linear layer, also those not square."""
 
     def model(*shapes: tuple[int, int]) -> nn.Module:
         layers: dict[str, nn.Module] = {f"layer_{i}": nn.Linear(*shape) for i, shape in enumerate(shapes)}
@@ -250,7 +170,7 @@ def mended_shapes(candidate: Callable[[nn.Module, int], dict[str, Any]], hint: i
 
 
 def mended_note(candidate: Callable[[nn.Linear, int, float], Any], hint: int = 1) -> Report:
-    """Exercise A4: the note's ``candidate(linear, rank, alpha)``, around a given layer that is frozen as a whole."""
+    """Exercise A3: the note's ``candidate(linear, rank, alpha)``, around a given layer that is frozen as a whole."""
 
     def build() -> tuple[Any, nn.Linear, int, float]:
         inputs, outputs, r, alpha = sizes()
@@ -493,64 +413,6 @@ def peft_layer(base: nn.Linear, r: int, alpha: float) -> tuple[nn.Module, Tensor
     return model, layer.lora_A["default"].weight, layer.lora_B["default"].weight
 
 
-@without(
-    *AUTOGRAD,
-    symptom="you let autograd differentiate; this exercise wants matrix products only",
-    question="Which of the matrices g, x, W, A and B does each gradient contain, and in which order?",
-    fix="With G = gᵀ x of shape (out, in): dA = s Bᵀ G, dB = s G Aᵀ, dx = g (W + s B A).",
-)
-def lora_gradients(candidate: Callable[..., Sequence[Tensor]], hint: int = 1) -> Report:
-    """Exercise B2: ``candidate(g, x, W, A, B, s)`` is (∂L/∂A, ∂L/∂B, ∂L/∂x) for g = ∂L/∂y, without autograd."""
-
-    def gradients(*leading: int) -> tuple[Sequence[Tensor], Sequence[Tensor], dict[str, Tensor]]:
-        inputs, outputs, r, alpha = sizes()
-        shapes = {"x": (*leading, inputs), "W": (outputs, inputs), "A": (r, inputs), "B": (outputs, r)}
-        t = {name: normal(*shape) for name, shape in shapes.items()} | {"g": normal(*leading, outputs)}
-        a, b, x = (t[name].clone().requires_grad_() for name in "ABx")
-        y = x @ t["W"].T + alpha / r * (x @ a.T @ b.T)
-        right = torch.autograd.grad(y, (a, b, x), t["g"])
-        with torch.no_grad():
-            got = candidate(*(t[name].clone() for name in "gxWAB"), alpha / r)
-        if not is_several(got, 3):
-            seen = f"{len(got)} tensors" if isinstance(got, tuple | list) else f"a {type(got).__name__}"
-            raise Wrong(f"you return {seen}, not 3 tensors", "Which gradients are asked for?", "return dA, dB, dx")
-        return got, right, t | {"s": torch.tensor(alpha / r, dtype=torch.float64)}
-
-    def shapes() -> None:
-        got, right, _ = gradients(4)
-        for name, ours, other in zip("ABx", got, right, strict=True):
-            if not is_tensor(ours, other.shape):
-                raise Wrong(
-                    f"your gradient of {name} is {shape_or_type(ours)}, {name} is {tuple(other.shape)}",
-                    "A gradient has the shape of what it belongs to. Are the three in the order A, B, x?",
-                    "With G = gᵀ x of shape (out, in): dA = s Bᵀ G, dB = s G Aᵀ, dx = g (W + s B A).",
-                )
-
-    def value(index: int, fix: str) -> Callable[[], None]:
-        name = "ABx"[index]
-
-        def step() -> None:
-            got, right, t = gradients(5)
-            need_gradient(name, got[index], right[index], t, fix)
-
-        return step
-
-    def sequences() -> None:
-        for leading in ((2, 3), ()):
-            got, right, t = gradients(*leading)
-            for name, ours, other in zip("ABx", got, right, strict=True):
-                need_gradient(name, ours, other, t, "Flatten first: g.reshape(-1, out) and x.reshape(-1, in).")
-
-    steps = [
-        ("each gradient has the shape of what it belongs to", shapes),
-        ("∂L/∂B as autograd has it", value(1, "dB = s * G @ A.T with G = g.T @ x.")),
-        ("∂L/∂A as autograd has it", value(0, "dA = s * B.T @ G with G = g.T @ x.")),
-        ("∂L/∂x as autograd has it", value(2, "dx = g @ (W + s * B @ A).")),
-        ("also for sequences and for a single input", sequences),
-    ]
-    return run_steps("gradients by hand", steps, hint)
-
-
 def last_tolerated(results: Mapping[float, Sequence[float]], limit: float) -> float | None:
     """The largest rate up to which every rate ends all its runs at or below the limit."""
     largest = None
@@ -686,6 +548,12 @@ def layer_forward(candidate: Callable[..., Any], hint: int = 1) -> Report:
     return lora_forward(forward, hint)
 
 
+@without(
+    *AUTOGRAD,
+    symptom="you let autograd differentiate; this cell wants matrix products only",
+    question="Which of the matrices G, A and B does the gradient of A contain, and in which order?",
+    fix="With G = gᵀ x of shape (out, in): ∂L/∂A = s Bᵀ G.",
+)
 def gradient_of_a(candidate: Callable[[Any, Tensor, Tensor], Tensor], hint: int = 1) -> Report:
     """*Your turn* in lesson 03: ``candidate(layer, x, g)`` is ∂L/∂A for g = ∂L/∂y, without autograd."""
 

@@ -1,4 +1,4 @@
-"""The checks of lesson 05: a layer (A1), PEFT's numbers (A2), a model by targets (B1), a file (B2), budgets (C1)."""
+"""The checks of lesson 05: PEFT's numbers (A1), a model by targets (B1), a file (B2), budgets (C1)."""
 
 import random
 import struct
@@ -11,7 +11,6 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import GPT2Config, LlamaConfig, PretrainedConfig, RobertaConfig
 
-from lora_edu.core.layer import LoRALinear
 from lora_edu.core.matching import is_target
 from lora_edu.core.peft_io import WEIGHTS_FILE
 from lora_edu.counting import count_parameters, lora_parameters
@@ -36,64 +35,8 @@ def need_count(value: Any) -> int:
     return need_whole(value, "Can there be half a parameter?", "Count with whole numbers: an int.")
 
 
-@without(
-    "lora_edu.counting", "peft",
-    symptom="you call {name}, which counts for you",
-    question="Which shapes have A and B, and how many entries has each?",
-    fix="A is (r, in_features) and B is (out_features, r): return r * (in_features + out_features).",
-)  # fmt: skip
-def lora_count(candidate: Callable[[int, int, int], int], hint: int = 1) -> Report:
-    """Exercise A1: ``candidate(in_features, out_features, r)`` is the number of LoRA parameters of one layer."""
-
-    def compare(inputs: int, outputs: int, r: int) -> None:
-        got, right = need_count(candidate(inputs, outputs, r)), r * (inputs + outputs)
-        if got == right:
-            return
-        slips = {
-            r * inputs * outputs: "you multiply the two sides of the layer: that is r full weights",
-            inputs * outputs: "this is the size of the weight itself",
-            inputs + outputs: "your count does not depend on r",
-            2 * r * inputs: "you count B as if the layer were square",
-            2 * r * outputs: "you count A as if the layer were square",
-            r * inputs: "you count A, and B is missing",
-            r * outputs: "you count B, and A is missing",
-            r * (inputs + outputs) + outputs: "you count a bias: LoRA adds none",
-            r * (inputs + outputs) + inputs * outputs: "you count the frozen weight, too",
-        }
-        note = slips.get(got, "this is not the number of entries of A and B")
-        if inputs == outputs and got == r * inputs:
-            note = "you count one of the two matrices, and the other is missing"
-        raise Wrong(
-            f"for a layer {inputs} → {outputs} with r={r} you count {got:,} instead of {right:,}: {note}",
-            "Which shapes have A and B, and how many entries has each?",
-            "A is (r, in_features) and B is (out_features, r): return r * (in_features + out_features).",
-        )
-
-    def square() -> None:
-        width = random.randint(20, 90)
-        compare(width, width, random.randint(3, 9))
-
-    def oblong() -> None:
-        # more than twice as wide as high, so that no two mistakes give the same number
-        compare(random.randint(20, 39), random.randint(80, 99), random.randint(3, 9))
-        compare(random.randint(80, 99), random.randint(20, 39), random.randint(3, 9))
-
-    def library() -> None:
-        inputs, outputs, r = random.randint(40, 99), random.randint(20, 39), random.randint(2, 9)
-        trainable, _ = count_parameters(LoRALinear(nn.Linear(inputs, outputs), r=r))
-        if need_count(candidate(inputs, outputs, r)) != trainable:
-            compare(inputs, outputs, r)
-
-    steps = [
-        ("a square layer is counted", square),
-        ("layers that are not square are counted", oblong),
-        ("equal to what a LoRALinear trains", library),
-    ]
-    return run_steps("count of one layer", steps, hint)
-
-
 def peft_numbers(candidate: Callable[[int, int, int], tuple[int, int, float]], hint: int = 1) -> Report:
-    """Exercise A2: ``candidate(lora, base, head)`` is PEFT's (trainable, all, percent); ``base`` has the head once."""
+    """Exercise A1: ``candidate(lora, base, head)`` is PEFT's (trainable, all, percent); ``base`` has the head once."""
     rule = "trainable = lora + head, all = base + lora + head (the head's copy), percent = 100 * trainable / all."
 
     def asked(lora: int, base: int, head: int) -> tuple[int, int, float]:

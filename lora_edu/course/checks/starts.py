@@ -13,23 +13,21 @@ KAIMING = "nn.init.kaiming_uniform_(A, a=math.sqrt(5)) on a tensor of shape (r, 
 Factors = tuple[Tensor, Tensor]
 
 
-def need_start(build: Callable[[nn.Linear, int], Factors], a: str = "lora_A", b: str = "lora_B") -> None:
+def need_start(build: Callable[[nn.Linear, int], Factors]) -> None:
     """Raise ``Wrong`` unless a fresh layer starts as PEFT's does, by default or with ``init_lora_weights="gaussian"``.
 
     The layers are so large that the spread of A's entries is known to a few per cent, whatever is drawn.
 
     Args:
         build: takes a linear layer and a rank, and gives A (r, in) and B (out, r) of a fresh layer around it.
-        a: what the learner calls A.
-        b: what the learner calls B.
     """
     rank, sizes = 16, []
     for inputs in (random.randint(380, 420), random.randint(1500, 1700)):
         A, B = (factor.detach().double() for factor in build(nn.Linear(inputs, 20), rank))
-        need_one_zero(A, B, a, b)
+        need_one_zero(A, B)
         if (found := int(torch.linalg.matrix_rank(A))) < rank:
             raise Wrong(
-                f"with r={rank} your {a} has rank {found}: its rows are not independent",
+                f"with r={rank} your lora_A has rank {found}: its rows are not independent",
                 "What do rows that start alike get as their gradients?",
                 f"{KAIMING}.",
             )
@@ -44,7 +42,7 @@ def need_start(build: Callable[[nn.Linear, int], Factors], a: str = "lora_A", b:
     if not centred:
         symptom = f"the mean {mean:.3g}, as large as their spread of {size:.3g}"
     raise Wrong(
-        f"for {inputs} inputs and r={rank} the entries of your {a} have {symptom}",
+        f"for {inputs} inputs and r={rank} the entries of your lora_A have {symptom}",
         "How large is A x if each entry of A has the standard deviation 1 and x has many entries? "
         "Which dimension of A does the initialisation read?",
         f"{KAIMING}; or normal with the standard deviation 1 / r.",

@@ -11,12 +11,13 @@ def use(mine: Any, *, otherwise: Any, check: Callable[..., Report], hint: int = 
 
     Args:
         mine: the function or class that the reader wrote in the cell before.
-        otherwise: the library's, returned if ``mine`` does not pass.
+        otherwise: the library's, or a stand-in from the cell itself; returned if ``mine`` does not pass.
         check: a check of ``lora_edu.course.checks``.
         hint: how much help it gives: 1 the symptom, 2 also a question, 3 also the fix.
     """
     if check(mine, hint=hint):
         return mine
     name = getattr(otherwise, "__name__", "version")
-    print(f"Until yours passes, the lesson goes on with the library's {name}.")
+    whose = "the library's " if str(getattr(otherwise, "__module__", "")).startswith("lora_edu") else ""
+    print(f"Until yours passes, the lesson goes on with {whose}{name}.")
     return otherwise
