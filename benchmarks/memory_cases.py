@@ -84,7 +84,7 @@ def out_of_memory(model: Any) -> dict[str, Any]:
         calls = [f"{Path(each.filename).name}, in {each.name}: {each.line}" for each in last]
         calls = [call for call in calls if "_wrapped_call_impl" not in call and "_call_impl" not in call]
         job = {"method": TOO_LARGE, "batch": batch, "tokens": TOKENS, "checkpointing": False, "autocast": False}
-        return job | {"calls": calls, "message": str(error).strip()}
+        return job | {"capacity_bytes": capacity, "calls": calls, "message": str(error).strip()}
     raise SystemExit(f"{batch} rows of {TOKENS} tokens fit on this card: nothing to record")
 
 
