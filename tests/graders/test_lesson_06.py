@@ -195,6 +195,7 @@ SIZE_JOB = {
     "all logits at once": (planner(pieces=None), "just fits|Llama-3-8B", "pieces"),
     "one row at a time": (planner(smallest_first=True), "just fits", "micro-batches of 8 fit"),
     "no accumulation": (changed_plan(accumulation=1), "before checkpointing", "are not"),
+    "less than nothing": (changed_plan(micro_batch=-1, accumulation=-8), "just fits", "are not"),
     "zero for nothing": (planner(nothing=0), "does not fit at all", "nothing fits"),
     "pieces with a head that trains": (changed_plan(loss_rows=512), "full fine-tuning", "frozen head"),
     "half a row": (changed_plan(micro_batch=0.5), "just fits", "half a row"),

@@ -101,9 +101,9 @@ def out_of_memory(candidate: Callable[[], Mapping[str, Any]], hint: int = 1) -> 
     job = json.loads(data_path("runs", "memory_cases.json").read_text(encoding="utf-8"))["out_of_memory"]
     message = job["message"]
 
-    def size(before: str, after: str = "") -> float:
-        """The size in GiB between these words of the message."""
-        found = re.search(rf"{before}([\d.]+) ([GM])iB{after}", message)
+    def size(before: str) -> float:
+        """The size in GiB after these words of the message."""
+        found = re.search(rf"{before}([\d.]+) ([GM])iB", message)
         assert found is not None
         return float(found[1]) / (1 if found[2] == "G" else 1024)
 
@@ -292,6 +292,9 @@ def kept_bytes(candidate: Callable[[nn.Module, Callable[[], Tensor]], int], hint
     return run_steps("what autograd keeps", steps, hint)
 
 
+RESERVE = 2.0  # GiB that B2 leaves free
+
+
 @dataclass(frozen=True)
 class Job:
     """What is to be trained, on a card of how many GiB, with how many rows of how many tokens in an optimizer step."""
@@ -322,9 +325,6 @@ class Job:
         return f"{self.method}, {self.model}, {self.rows}×{self.tokens} tokens, a card of {self.gib:.2f} GiB"
 
 
-RESERVE = 2.0  # GiB that B2 leaves free
-
-
 def size_job(candidate: Callable[..., Mapping[str, Any] | None], hint: int = 1) -> Report:
     """Exercise B2: ``candidate(model, method, gib, tokens, rows)`` is a plan that fits and is the fastest, or None."""
     fix = (
@@ -344,7 +344,7 @@ def size_job(candidate: Callable[..., Mapping[str, Any] | None], hint: int = 1) 
                 raise Wrong(words, question, fix)
             return
         micro_batch, accumulation, checkpointing, loss_rows = entries(got)
-        if micro_batch * accumulation != job.rows:
+        if min(micro_batch, accumulation) < 1 or micro_batch * accumulation != job.rows:
             words = f"{job}: {accumulation} micro-batches of {micro_batch} rows are not {job.rows} rows"
             raise Wrong(words, "How many micro-batches make one optimizer step?", fix)
         if loss_rows is not None and (job.method == "full" or loss_rows < 1):
