@@ -64,7 +64,7 @@ SCRIPTS = {
     ),
     "scaling": Script(
         "benchmarks/scaling.py",
-        "lesson 24: LoRA steps on one and several GPUs (--gpus, --shapes)",
+        "lesson 25: LoRA steps on one and several GPUs (--gpus, --shapes)",
         ("runs", "lines"),
         "two GPUs or more",
         limit=("--seconds", 60),
