@@ -31,6 +31,7 @@ DEFAULTS: dict[str, Any] = {
     "targets": "all-linear",
     "lora_dropout": 0.0,
     "learning_rate": 1e-3,
+    "schedule": "constant",  # or "linear": the rate falls to nearly zero
     "steps": 60,
     "batch_size": 8,
     "rows": None,  # how many entries of the training split; None: all
@@ -68,7 +69,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     curves = {"validation": splits["validation"]} if settings["eval_every"] else {}
     if settings["forgetting"]:
         curves |= {name: splits[name] for name in ("plain", "punctuated")}
-    names = ("steps", "learning_rate", "batch_size", "seed")
+    names = ("steps", "learning_rate", "schedule", "batch_size", "seed")
     history = train(
         model,
         splits["train"][: settings["rows"]],
