@@ -4,8 +4,9 @@
     python data/train_smollm2.py --show   # definitions by the base and by the adapter
 
 A minute on a GPU, some 15 on two cores. Half the rate of the lesson, and 160 steps instead of 18. The validation loss
-was lowest at step 140 (3.68) and had risen to 3.75 by step 160; the weights of the lowest loss are shipped. The adapter
-trains in float32 and is stored in bfloat16, which halves the file; the log has the losses of what is stored.
+was lowest at step 140 (3.68) and had risen to 3.75 by step 160. The shipped weights are still those of step 160: they
+were trained before this script kept the weights of the lowest loss (``patience``). The adapter trains in float32 and is
+stored in bfloat16, which halves the file; the log has the losses of what is stored.
 """
 
 import argparse

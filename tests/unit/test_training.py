@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from lora_edu.files import data_path
-from lora_edu.lab.datasets import encode, load_dataset
+from lora_edu.lab.datasets import collate, encode, load_dataset
 from lora_edu.lab.schedules import rate_factor
 from lora_edu.lab.training import _batches, accuracy, evaluate, generate, set_seed, train
 
@@ -116,6 +116,26 @@ def test_without_patience_the_last_weights_stay(model, rows):
     history = train(model, rows, steps=6, learning_rate=3e-2, eval_data=rows[:6], eval_every=3)
     assert not history.stopped_early
     assert evaluate(model, rows[:6]) == pytest.approx(history.eval_loss["held-out"][-1], abs=1e-6)
+
+
+def test_it_is_the_plain_loop_of_lesson_07(model, rows):
+    start, order = state(model), _batches(len(rows), 2, 0)
+    ours = train(model, rows, steps=5, batch_size=2, learning_rate=1e-2, warmup_steps=3).train_loss
+    trained = state(model)
+    model.load_state_dict(start)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    model.train()
+    by_hand = []
+    for step in range(1, 6):
+        optimizer.param_groups[0]["lr"] = 1e-2 * min(1.0, step / 3)
+        loss = model(**collate([rows[i] for i in next(order)], 0)).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        by_hand.append(loss.item())
+    assert by_hand == pytest.approx(ours, abs=1e-5)
+    assert all(torch.allclose(value, trained[name], atol=1e-5) for name, value in model.state_dict().items())
 
 
 @pytest.fixture
