@@ -112,8 +112,8 @@ def profile_of_a_step(candidate: Callable[[], dict[str, Any]], hint: int = 1) ->
         need_near(candidate(), "share of the optimizer", 15 / 3347, 0.0006, slips, fix)
 
     def computed() -> None:
-        slips = {512: "the tokens of one text", 427: "the tokens of the texts alone", 192: "the width of the model"}
-        slips |= {8: "the number of texts", 64: "the length of the longest text"}
+        slips = {512.0: "the tokens of one text", 427.0: "the tokens of the texts alone", 192.0: "the model's width"}
+        slips |= {8.0: "the number of texts", 64.0: "the length of the longest text"}
         fix = "The first matrix of a product has a row for each token: 4,096."
         need_near(candidate(), "tokens computed", 4096, 0, slips, fix)
 
