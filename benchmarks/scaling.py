@@ -1,4 +1,4 @@
-"""How LoRA training scales from one GPU to several, whole models (DDP) and shards of them (FSDP). For lesson 24.
+"""How LoRA training scales from one GPU to several, whole models (DDP) and shards of them (FSDP). For lesson 25.
 
     python benchmarks/scaling.py --gpus 2               # writes data/runs/scaling.json
     python benchmarks/scaling.py --toy --out x.json     # the same code on a tiny shape, two processes on any machine
@@ -23,7 +23,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +31,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_edu import LoraConfig, inject
 from lora_edu.files import locked
+from lora_edu.lab.collectives import Collectives
 from lora_edu.lab.distributed import new_accelerator, process_state, shard_on_the_cpu
 from lora_edu.lab.recording.records import provenance, resumed, write_record
 from lora_edu.quick import full_size
@@ -63,21 +61,6 @@ SHAPES: dict[str, dict[str, int]] = {
 }  # fmt: skip
 BATCHES = [(1, 512), (4, 512), (16, 512)]  # rows and tokens, for each GPU
 TOY_BATCHES = [(1, 16), (2, 16)]
-
-
-class Collectives(TorchDispatchMode):
-    """Counts the bytes that collectives are called with: the whole of what is gathered, reduced or broadcast."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "c10d":
-            sizes = [t.numel() * t.element_size() for t in tree_leaves(args) if isinstance(t, Tensor)]
-            # Of an all-gather's result and a reduce-scatter's input, one is the whole and the other one's own part.
-            self.bytes[func._opname.strip("_")] += max(sizes, default=0) if "_base" in func._opname else sum(sizes)
-        return func(*args, **(kwargs or {}))
 
 
 def new_model(shape: str, device: torch.device) -> nn.Module:

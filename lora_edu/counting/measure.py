@@ -42,7 +42,7 @@ class PeakMemory:
 def peak_memory(
     codes: Mapping[str, tuple[str, str]], preload: str = PRELOAD, timeout: float = 120
 ) -> dict[str, PeakMemory]:
-    """Run pieces of Python code, each in a process of its own, and measure the highest memory of each. Lesson 06.
+    """Run pieces of Python code, each in a process of its own, and measure the highest memory of each.
 
     Args:
         codes: name → (setup, body), two pieces of source. Setup runs first and is not measured: the model, the data.

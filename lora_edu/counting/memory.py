@@ -165,6 +165,7 @@ def training_memory(
     tokens: int = 512,
     checkpointing: bool = False,
     dropout: bool = False,
+    loss_rows: int | None = None,
     activations: bool = True,
 ) -> MemoryEstimate:
     """Bytes that training takes, by part, from the model's config alone. Lesson 06.
@@ -173,7 +174,7 @@ def training_memory(
         model: a model, or anything that ``load_config`` takes.
         method, precision: a recipe; see ``RECIPES``.
         r, target_modules: of LoRA and QLoRA; None adapts the family's usual layers.
-        batch, tokens, checkpointing, dropout: what decides about activations; see ``activation_bytes``.
+        batch, tokens, checkpointing, dropout, loss_rows: what decides about activations; see ``activation_bytes``.
         activations: whether to estimate them; Llama-shaped decoders only.
 
     Counts no library, no CUDA context (0.8 GB on the GPU of lesson 06) and nothing that an allocator holds in reserve.
@@ -204,7 +205,7 @@ def training_memory(
         blocks = None if recipe.base_bits is None else _blocks(config, shapes)
         adapter_bytes = recipe.weight if shapes else recipe.other
         training = Training(recipe.base_bits is None, {}, recipe.other, adapter_bytes, dropout)
-        kept = activation_bytes(config, training, batch, tokens, checkpointing, blocks)
+        kept = activation_bytes(config, training, batch, tokens, checkpointing, blocks, loss_rows)
     return MemoryEstimate(
         method,
         precision,

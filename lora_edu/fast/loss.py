@@ -1,4 +1,4 @@
-"""The loss over the output head, a few tokens at a time: all logits are never there at once.
+"""The loss over the output head, a few tokens at a time: all logits are never there at once. Built in lesson 24.
 
 A vocabulary of 128,256 makes the logits of 8,192 tokens 2 GiB in bfloat16, and the loss a multiple of that: its float32
 copy, the softmax, the gradient. But the loss is a sum over tokens, and a frozen head needs no gradient of its own. So
@@ -38,7 +38,7 @@ def loss_in_pieces(model: PreTrainedModel, input_ids: Tensor, labels: Tensor, ro
             below 1.
 
     Source: the idea is that of Cut Your Losses (Wijmans et al. 2024, arXiv 2411.09009) and Liger Kernel's
-    FusedLinearCrossEntropy (Hsu et al. 2024, arXiv 2410.10989).
+    FusedLinearCrossEntropy (Hsu et al. 2024, arXiv 2410.10989). Built in lesson 24.
     """
     head = frozen_head(model)
     if rows < 1:
@@ -62,29 +62,48 @@ def frozen_head(model: PreTrainedModel) -> nn.Linear:
     return head
 
 
+def loss_and_gradient(
+    hidden: Tensor, weight: Tensor, labels: Tensor, rows: int = 512, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The mean cross-entropy of hidden Wᵀ + b against labels, and its gradient with respect to hidden.
+
+    Args:
+        hidden: what goes into the head.
+        weight, bias: the frozen head's.
+        labels: those of -100 do not count.
+        rows: how many tokens' logits exist at a time.
+
+    Shapes:
+        hidden: (tokens, d). weight: (vocabulary, d). labels: (tokens,). Returns () and (tokens, d).
+
+    Built in lesson 24.
+    """
+    counted = labels != IGNORED
+    number = counted.sum()
+    loss = at_least_float32(hidden.new_zeros(()))
+    gradient = torch.empty_like(hidden)
+    for start in range(0, len(hidden), rows):
+        piece = slice(start, start + rows)
+        logits = at_least_float32(F.linear(hidden[piece], weight, bias))  # (rows, vocabulary)
+        places = labels[piece].where(counted[piece], 0)[:, None]
+        total = logits.logsumexp(1)
+        loss += (total - logits.gather(1, places)[:, 0]).where(counted[piece], 0).sum()
+        # ∂loss/∂logits = softmax − one-hot, in the place of the logits.
+        slope = logits.sub_(total[:, None]).exp_()
+        slope.scatter_add_(1, places, torch.full_like(places, -1, dtype=slope.dtype))
+        slope.mul_(counted[piece][:, None] / number)
+        gradient[piece] = slope.to(weight.dtype) @ weight
+    return loss / number, gradient
+
+
 class PiecewiseLoss(torch.autograd.Function):
-    """Mean cross-entropy of hidden Wᵀ + b against labels; the gradient of hidden is worked out in the forward pass."""
+    """``loss_and_gradient`` for autograd; the gradient of hidden is worked out in the forward pass."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, rows: int) -> Tensor:
-        """hidden (n, d), weight (vocabulary, d), bias (vocabulary,), labels (n,) → ()."""
-        counted = labels != IGNORED
-        number = counted.sum()
-        loss = at_least_float32(hidden.new_zeros(()))
-        gradient = torch.empty_like(hidden)
-        for start in range(0, len(hidden), rows):
-            piece = slice(start, start + rows)
-            logits = at_least_float32(F.linear(hidden[piece], weight, bias))  # (rows, vocabulary)
-            places = labels[piece].where(counted[piece], 0)[:, None]
-            total = logits.logsumexp(1)
-            loss += (total - logits.gather(1, places)[:, 0]).where(counted[piece], 0).sum()
-            # ∂loss/∂logits = softmax − one-hot, in the place of the logits.
-            slope = logits.sub_(total[:, None]).exp_()
-            slope.scatter_add_(1, places, torch.full_like(places, -1, dtype=slope.dtype))
-            slope.mul_(counted[piece][:, None] / number)
-            gradient[piece] = slope.to(weight.dtype) @ weight
+        loss, gradient = loss_and_gradient(hidden, weight, labels, rows, bias)
         ctx.save_for_backward(gradient)
-        return loss / number
+        return loss
 
     @staticmethod
     @once_differentiable

@@ -130,6 +130,23 @@ def encode(
     return rows
 
 
+def mask_labels(input_ids: Tensor, attention_mask: Tensor, prompt_lengths: Sequence[int]) -> Tensor:
+    """Labels of a padded batch: -100 on prompts and padding, the ids of the answers and of their ends elsewhere.
+
+    Args:
+        input_ids: (rows, length).
+        attention_mask: (rows, length), 1 on tokens and 0 on padding. Padding is told by its place, not by its id: many
+            tokenizers pad with their end token, and the end of an answer must count.
+        prompt_lengths: how many tokens at the beginning of each row are its prompt.
+
+    Returns:
+        A new tensor (rows, length); :func:`encode` and :func:`collate` give the same. Built in lesson 07.
+    """
+    places = torch.arange(input_ids.shape[1], device=input_ids.device)
+    starts = torch.tensor(prompt_lengths, device=input_ids.device)[:, None]
+    return input_ids.masked_fill((places < starts) | (attention_mask == 0), IGNORED)
+
+
 def encode_topics(entries: Sequence[dict[str, Any]], tokenizer: Any, max_length: int = 32) -> list[dict[str, Any]]:
     """Rows of ``wordnet_topics`` for a classifier: bos + definition, cut at ``max_length``, and one label per row.
 

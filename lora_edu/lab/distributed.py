@@ -1,7 +1,7 @@
 """Several processes that train one model together: who takes which rows, what each loss weighs, how the model returns.
 
 ``accelerate launch`` starts the processes, one for each GPU. Each runs the whole script; what follows lets ``train``
-give in all of them what one process would give. With one process nothing here changes anything. Explained in lesson 24.
+give in all of them what one process would give. With one process nothing here changes anything. Explained in lesson 25.
 """
 
 import copy

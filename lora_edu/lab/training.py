@@ -31,6 +31,7 @@ from lora_edu.lab.distributed import (
     split_batch,
 )
 from lora_edu.lab.hooks import Hooks
+from lora_edu.lab.schedules import rate_factor
 from lora_edu.lab.stopping import Best
 
 Row = dict[str, Any]  # one encoded entry: input_ids, and labels (a list as long, or one class)
@@ -70,6 +71,7 @@ def train(
     eval_every: int = 20,
     weight_decay: float = 0.0,
     warmup_steps: int = 0,
+    schedule: str = "constant",
     max_grad_norm: float = 1.0,
     patience: int | None = None,
     seed: int = 0,
@@ -81,7 +83,7 @@ def train(
         data: encoded rows (see :func:`lora_edu.lab.datasets.encode`).
         steps: number of updates, each on ``batch_size`` rows; the rows are shuffled anew whenever all were used.
         batch_size: rows of one update, over all processes together: each takes its share of them.
-        learning_rate: rises linearly over ``warmup_steps``, then stays.
+        learning_rate: rises linearly over ``warmup_steps``, then stays, or falls linearly with ``schedule="linear"``.
         eval_data: held-out rows, or several sets by name; evaluated before the first step, every ``eval_every`` steps
             and after the last. Rows without a name are called "held-out".
         max_grad_norm: gradients are scaled down to this norm where theirs is larger.
@@ -101,7 +103,7 @@ def train(
 
     Raises:
         ValueError: if nothing requires a gradient, if there are no rows, if ``patience`` is given without eval_data,
-            or if there are more processes than rows in a batch.
+            if there are more processes than rows in a batch, or for a schedule that there is not.
     """
     sets = eval_data if isinstance(eval_data, Mapping) else {"held-out": eval_data} if eval_data else {}
     accelerator = new_accelerator()
@@ -118,7 +120,7 @@ def train(
     optimizer = torch.optim.AdamW(_trainable(inner), lr=learning_rate, weight_decay=weight_decay)
     outer, wrapped = accelerator.prepare(inner, optimizer)
     # Not prepared: Accelerate would step it once for each process, and here one step is one step of all.
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(1, warmup_steps)))
+    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, rate_factor(schedule, steps, warmup_steps))
     trainable = _trainable(inner)
     hooks = Hooks(inner)
     order = _batches(len(data), batch_size, seed)
@@ -139,7 +141,7 @@ def train(
             accelerator.clip_grad_norm_(trainable, max_grad_norm)
             wrapped.step()
             hooks.after_step(step)
-            schedule.step()
+            rates.step()
             wrapped.zero_grad()
             if step % eval_every == 0 or step == steps:
                 best.see(_evaluate_all(inner, sets, history, step), step, trainable)

@@ -20,8 +20,8 @@ from found import calls
 from lora_edu import LoRALinear, lowrank
 from lora_edu.core import layer as core_layer
 from lora_edu.core.matching import matches_names
-from lora_edu.counting.flops import rule_flops
 from lora_edu.counting.measure import saved_bytes
+from lora_edu.counting.memory import find_recipe
 from lora_edu.course import checks
 from lora_edu.course.checks.candidates import plain
 from lora_edu.course.checks.report import Wrong
@@ -167,7 +167,7 @@ LIBRARY = {
     "a function": ("rank_r_approximation", lowrank.low_rank_approximation, "the library's own code"),
     "PyTorch's function": ("softmax_by_hand", torch.nn.functional.softmax, "the library's own code"),
     "another function": ("name_matching", lambda name, targets: matches_names(targets, name), "you call"),
-    "operations": ("step_operations", lambda f, t, n, c=False: rule_flops(f, n, "lora", t, c), "you call rule_flops"),
+    "bytes": ("state_bytes", lambda f, t, *given: find_recipe("full", "bf16").trained * t, "you call find_recipe"),
     "kept bytes": ("kept_bytes", lambda model, forward: saved_bytes(model, forward), "you call saved_bytes"),
     "a chat row": ("encode_chat", rows, "you call encode"),
     "a chat prompt": ("encode_chat", lambda entry, tokenizer, n: format_chat(entry, tokenizer), "you call format_chat"),

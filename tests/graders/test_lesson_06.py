@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import numpy as np
 import pytest
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from found import each_is_found, each_passes
+from lora_edu.counting.memory import training_memory
 from lora_edu.course import checks
 
 pytestmark = pytest.mark.graders
@@ -53,39 +54,43 @@ test_other_sums_pass = each_passes(checks.state_bytes, RIGHT_BYTES)
 test_state_bytes_names_the_mistake = each_is_found(checks.state_bytes, STATE_BYTES)
 
 
-def operations(frozen: int, trained: int, again_frozen: int = 2, again_trained: int = 2) -> Callable[..., int]:
-    """An answer to A2 with its four factors."""
-
-    def count(f: int, t: int, tokens: int, checkpointing: bool = False) -> int:
-        more = checkpointing * (again_frozen * f + again_trained * t)
-        return tokens * (frozen * f + trained * t + more)
-
-    return count
+READ = {"asked": 0.25, "live": 132.55, "cached": 6.45, "outside": 0.74, "phase": "forward", "helps": "cdf"}
 
 
-OPERATIONS = {
-    "frozen weights forward only": (operations(2, 6), "frozen weights", "the gradient crosses"),
-    "six for all": (operations(6, 6), "frozen weights", "no gradient of its own"),
-    "frozen weights for nothing": (operations(0, 6, 0), "frozen weights", "work in the forward pass"),
-    "two for LoRA, four for full": (operations(2, 4), "full fine-tuning", "leave out the forward pass"),
-    "a multiply-add as one": (operations(2, 3, 1, 1), "full fine-tuning", "two operations"),
-    "no second forward": (operations(4, 6, 0, 0), "checkpointing", "a second time"),
-    "second forward of the trained only": (operations(4, 6, 0, 2), "checkpointing", "frozen weights a second time"),
-    "second forward of the frozen only": (operations(4, 6, 2, 0), "checkpointing", "trained weights a second time"),
-    "the whole step twice": (operations(4, 6, 4, 6), "checkpointing", "not the whole step"),
-    "tokens forgotten": (lambda f, t, tokens, checkpointing=False: 4 * f + 6 * t, "full", "grow with the tokens"),
+def reading(**changed: object) -> Callable[[], dict]:
+    """The right answers to A2 with some of them changed."""
+    return lambda: READ | changed
+
+
+def without_outside() -> dict:
+    return {name: value for name, value in READ.items() if name != "outside"}
+
+
+OUT_OF_MEMORY = {
+    "MiB": (reading(asked=256), "asked for", "GiB"),
+    "thousands": (reading(asked=0.256), "asked for", "1024 MiB"),
+    "all of the process": (reading(live=139.74), "is live", "all that the process holds"),
+    "reserved as live": (reading(live=139.0), "is live", "reserved and unused"),
+    "live as cached": (reading(cached=132.55), "is cached", "what tensors hold"),
+    "cached counted as outside": (reading(outside=7.19), "does not hold", "reserved is still in it"),
+    "free as outside": (reading(outside=139.80 - 139.74), "does not hold", "this is what is free"),
+    "backward": (reading(phase="backward"), "where the step stopped", "autograd's"),
+    "what the message suggests": (reading(helps="acdf"), "changes help", "what is cached and no more"),
+    "a lower rank": (reading(helps="bcdf"), "changes help", "rank hardly enters"),
+    "a loss in pieces": (reading(helps="cdef"), "changes help", "small part"),
+    "one change forgotten": (reading(helps="cd"), "changes help", "leave it out"),
+    "another letter": (reading(helps="cdfg"), "changes help", "none of the letters"),
+    "no list": (reading(helps=None), "changes help", "leave it out"),
+    "an entry missing": (without_outside, "does not hold", "expected a dictionary"),
+    "no dictionary": (lambda: (0.25, 132.55), "asked for", "expected a dictionary"),
 }
-OPERATIONS["nothing returned"] = (lambda *given: None, "full fine-tuning", "expected a number")
-
-
-def pass_by_pass(frozen: int, trained: int, tokens: int, checkpointing: bool = False) -> int:
-    forward = 2 * tokens * (frozen + trained)
-    of_inputs, of_weights = forward, 2 * tokens * trained
-    return forward * (1 + checkpointing) + of_inputs + of_weights
-
-
-test_other_operations_pass = each_passes(checks.step_operations, {"pass by pass": pass_by_pass})
-test_step_operations_names_the_mistake = each_is_found(checks.step_operations, OPERATIONS)
+RIGHT_READINGS = {
+    "computed": lambda: READ | {"asked": 256 / 1024, "outside": 139.74 - 132.55 - 6.45, "helps": ["c", "d", "f"]},
+    "in words": reading(helps="c, d and f"),
+    "in NumPy's floats": lambda: READ | {name: np.float64(READ[name]) for name in ("asked", "live", "cached")},
+}
+test_other_readings_pass = each_passes(checks.out_of_memory, RIGHT_READINGS)
+test_out_of_memory_names_the_mistake = each_is_found(checks.out_of_memory, OUT_OF_MEMORY)
 
 
 def listener(
@@ -144,72 +149,84 @@ def test_listener_without_a_mistake_passes() -> None:
     assert checks.kept_bytes(listener())
 
 
-def search(
+def planner(
+    reserve: float = 2,
     unit: float = 2**30,
-    fits: Callable[[float, float], bool] = lambda p, room: p <= room,
-    keep: bool = True,
-    low: int = 0,
-) -> Callable[..., int]:
+    orders: Sequence[bool] = (False, True),
+    adds_up: bool = True,
+    pieces: int | None = 512,
+    nothing: object = None,
+    smallest_first: bool = False,
+) -> Callable[..., dict | None]:
     """A right answer to B2 with places to go wrong."""
 
-    def largest(peak: Callable[[int], float], gib: float, reserve: float = 1.0, limit: int = 65_536) -> int:
-        room = (gib - (reserve if keep else 0)) * unit
-        good, bad = low, limit + 1
-        while bad - good > 1:
-            middle = (good + bad) // 2
-            good, bad = (middle, bad) if fits(peak(middle), room) else (good, middle)
-        return good
+    def plan(model: nn.Module, method: str, gib: float, tokens: int, rows: int) -> dict | None:
+        loss_rows, precision = (None, "bf16") if method == "full" else (pieces, "fp32-adapter")
+        divisors = [n for n in range(1, rows + 1) if rows % n == 0]
+        for checkpointing in orders:
+            for micro in divisors if smallest_first else divisors[::-1]:
+                options = {"batch": micro, "tokens": tokens, "checkpointing": checkpointing, "loss_rows": loss_rows}
+                e = training_memory(model, method, precision, r=16, target_modules="all-linear", **options)
+                peak = e.states + e.activations if adds_up and micro < rows else e.peak
+                if peak <= (gib - reserve) * unit:
+                    found = {"micro_batch": micro, "accumulation": rows // micro}
+                    return found | {"checkpointing": checkpointing, "loss_rows": loss_rows}
+        return nothing
 
-    return largest
-
-
-def extrapolate(peak: Callable[[int], float], gib: float, reserve: float = 1.0, limit: int = 65_536) -> int:
-    one, two = peak(1), peak(2)
-    slope = max(two - one, 1e-9)
-    return max(0, min(limit, int(((gib - reserve) * 2**30 - one) / slope) + 1))
-
-
-def one_by_one(peak: Callable[[int], float], gib: float, reserve: float = 1.0, limit: int = 65_536) -> int:
-    batch = 0
-    while batch < limit and peak(batch + 1) <= (gib - reserve) * 2**30:
-        batch += 1
-    return batch
+    return plan
 
 
-def doubling(peak: Callable[[int], float], gib: float, reserve: float = 1.0, limit: int = 65_536) -> int:
-    batch = 1
-    while 2 * batch <= limit and peak(2 * batch) <= (gib - reserve) * 2**30:
-        batch *= 2
-    return batch if peak(batch) <= (gib - reserve) * 2**30 else 0
+def changed_plan(**changed: object) -> Callable[..., dict | None]:
+    """The right plan with some entries changed, where there is one."""
+
+    def plan(*job: object) -> dict | None:
+        right = planner()(*job)
+        return right and right | changed
+
+    return plan
 
 
-def no_limit(peak: Callable[[int], float], gib: float, reserve: float = 1.0, limit: int = 65_536) -> int:
-    return search()(peak, gib, reserve, 65_536)
-
-
-LARGEST_BATCH = {
-    "GB for GiB": (search(unit=1e9), "grows evenly", "2**30"),
-    "reserve forgotten": (search(keep=False), "grows evenly", "for the CUDA context"),
-    "one by one": (one_by_one, "grows evenly", "more than 40 times"),
-    "powers of two": (doubling, "grows evenly", "would fit, too"),
-    "extrapolated from two batches": (extrapolate, "flat at first", "instead of"),
-    "at least one row": (search(low=1), "nothing fits", "instead of 0"),
-    "no limit": (no_limit, "everything fits", "above the limit"),
-    "strictly below": (search(fits=lambda p, room: p < room), "exactly full", "would fit, too"),
+SIZE_JOB = {
+    "reserve forgotten": (planner(reserve=0), "before checkpointing", "stay free"),
+    "GB for GiB": (planner(unit=1e9), "just fits", "2**30"),
+    "checkpointing always": (planner(orders=(True,)), "just fits", "without it"),
+    "never checkpointing": (planner(orders=(False,)), "Llama-3-8B", "you find nothing"),
+    "the larger of gradients and activations": (planner(adds_up=False), "full fine-tuning", "are there together"),
+    "all logits at once": (planner(pieces=None), "just fits|Llama-3-8B", "pieces"),
+    "one row at a time": (planner(smallest_first=True), "just fits", "micro-batches of 8 fit"),
+    "no accumulation": (changed_plan(accumulation=1), "before checkpointing", "are not"),
+    "less than nothing": (changed_plan(micro_batch=-1, accumulation=-8), "just fits", "are not"),
+    "zero for nothing": (planner(nothing=0), "does not fit at all", "nothing fits"),
+    "pieces with a head that trains": (changed_plan(loss_rows=512), "full fine-tuning", "frozen head"),
+    "half a row": (changed_plan(micro_batch=0.5), "just fits", "half a row"),
+    "a tuple": (lambda *job: (8, 1, False, 512), "just fits", "expected a dictionary"),
 }
-LARGEST_BATCH["a float"] = (lambda *given, **options: search()(*given, **options) / 1, "grows evenly", "half a row")
 
 
-def from_the_top(peak: Callable[[int], float], gib: float, reserve: float = 1.0, limit: int = 65_536) -> int:
-    step, fits = 1 << limit.bit_length(), 0
-    while step := step // 2:
-        if fits + step <= limit and peak(fits + step) <= (gib - reserve) * 2**30:
-            fits += step
-    return fits
+def by_hand(model: nn.Module, method: str, gib: float, tokens: int, rows: int) -> dict | None:
+    """All plans, the best one by sorting; pieces of another size."""
+    full = method == "full"
+    plans = []
+    for checkpointing, micro in itertools.product((False, True), range(1, rows + 1)):
+        if rows % micro:
+            continue
+        e = training_memory(
+            model, method, "bf16" if full else "fp32-adapter", r=16, target_modules="all-linear", batch=micro,
+            tokens=tokens, checkpointing=checkpointing, loss_rows=None if full else 256,
+        )  # fmt: skip
+        held = e.states - e.gradients
+        top = max(e.gradients, e.activations) if micro == rows else e.gradients + e.activations
+        if (held + top) / 2**30 + 2 <= gib:
+            plans.append((checkpointing, -micro))
+    if not plans:
+        return None
+    checkpointing, micro = min(plans)
+    found = {"micro_batch": -micro, "accumulation": rows // -micro, "checkpointing": checkpointing}
+    return found | {"loss_rows": None if full else 256}
 
 
-test_other_searches_pass = each_passes(checks.largest_batch, {"bisection": search(), "bit by bit": from_the_top})
-test_largest_batch_names_the_mistake = each_is_found(partial(checks.largest_batch, hint=3), LARGEST_BATCH)
+test_other_plans_pass = each_passes(checks.size_job, {"from the top": planner(), "all plans": by_hand})
+test_size_job_names_the_mistake = each_is_found(checks.size_job, SIZE_JOB)
 
 
 def quartiles(ratios: Sequence[float], method: str = "inclusive") -> tuple[float, float]:

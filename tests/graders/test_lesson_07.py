@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from found import assert_found, assert_random_state_kept, each_is_found, each_passes
 from lora_edu.course import checks
 from lora_edu.course.checks import lesson_07
+from lora_edu.course.notebooks.stored import find_notebook, read
+from lora_edu.lab import datasets
 from lora_edu.lab.bases import BaseMissing
 
 pytestmark = pytest.mark.graders
@@ -20,80 +22,187 @@ NOTEBOOK = "07_fine_tuning_a_real_model"
 OFF = -100
 
 
-def labels(
-    prompt: Callable[[list[int]], list[int]] = lambda p: [OFF] * len(p),
-    answer: Callable[[list[int]], list[int]] = list,
-    end: bool = True,
-    padding: int | None = OFF,
-) -> Callable[..., list[int]]:
-    """An answer to A1 from its four parts."""
-
-    def write(p: list[int], a: list[int], eos: int, length: int) -> list[int]:
-        rest = length - len(p) - len(a) - 1
-        return [*prompt(p), *answer(a), eos if end else OFF, *[eos if padding is None else padding] * rest]
-
-    return write
+def cut(lengths: list[int], size: int) -> list[list[int]]:
+    return [lengths[start : start + size] for start in range(0, len(lengths), size)]
 
 
-def shifted(p: list[int], a: list[int], eos: int, length: int) -> list[int]:
-    return [*labels()(p, a, eos, length)[1:], OFF]
+def positions(batches: list[list[int]]) -> int:
+    return sum(len(batch) * max(batch) for batch in batches)
 
 
-def by_value(p: list[int], a: list[int], eos: int, length: int) -> list[int]:
-    return [OFF if id in p else id for id in labels()(p, a, eos, length)]
+def share(lengths: list[int], size: int) -> float:
+    return 1 - sum(lengths) / positions(cut(lengths, size))
 
 
-def end_by_value(p: list[int], a: list[int], eos: int, length: int) -> list[int]:
-    row = [*p, *a, *[eos] * (length - len(p) - len(a))]
-    return [OFF if i < len(p) or id == eos else id for i, id in enumerate(row)]
+def sorted_first(lengths: list[int], size: int) -> float:
+    lengths.sort()
+    return share(lengths, size)
 
 
-def in_place(p: list[int], a: list[int], eos: int, length: int) -> list[int]:
-    a += [eos]
-    return [OFF] * len(p) + a + [OFF] * (length - len(p) - len(a))
+def whole_batches(lengths: list[int], size: int) -> float:
+    batches = [batch for batch in cut(lengths, size) if len(batch) == size]
+    return 1 - sum(map(sum, batches)) / positions(batches)
 
 
-ANSWER_LABELS = {
-    "prompt not masked": (labels(list), "prompt, answer", "the prompt counts in the loss"),
-    "shifted by one": (shifted, "prompt, answer", "does that shift itself"),
-    "shifted the other way": (lambda *g: [OFF, *labels()(*g)[:-1]], "prompt, answer", "one place late"),
-    "the end masked": (labels(end=False), "prompt, answer", "never learns to stop"),
-    "the end masked with the padding": (end_by_value, "prompt, answer", "never learns to stop"),
-    "the end forgotten": (
-        lambda p, a, eos, n: [OFF] * len(p) + a + [OFF] * (n - len(p) - len(a) - 1),
-        "prompt, answer",
-        "expected a list of",
+PADDING_SHARE = {
+    "the share of tokens": (lambda n, b: 1 - share(n, b), "one batch", "share of the tokens"),
+    "a percentage": (lambda n, b: 100 * share(n, b), "one batch", "is a percentage"),
+    "a number, not a share": (lambda n, b: positions(cut(n, b)) - sum(n), "one batch", "number of padded positions"),
+    "over the tokens": (lambda n, b: positions(cut(n, b)) / sum(n) - 1, "one batch", "you divide by the tokens"),
+    "padded to the first row": (
+        lambda n, b: 1 - sum(n) / sum(len(batch) * batch[0] for batch in cut(n, b)),
+        "one batch|several",
+        "to the first row",
     ),
-    "the prompt's last token counts": (
-        labels(lambda p: [*[OFF] * (len(p) - 1), p[-1]]),
-        "prompt, answer",
-        "last token of the prompt counts",
+    "padded to the longest of all": (
+        lambda n, b: 1 - sum(n) / (len(n) * max(n)),
+        "several batches",
+        "longest row of all batches",
     ),
-    "the answer's first token does not": (labels(answer=lambda a: [OFF, *a[1:]]), "prompt, answer", "first token of"),
-    "everything masked": (lambda p, a, eos, n: [OFF] * n, "prompt, answer", "no label is left"),
-    "0 instead of -100": (labels(lambda p: [0] * len(p), padding=0), "prompt, answer", "0 is the id of a token"),
-    "-1 instead of -100": (labels(lambda p: [-1] * len(p), padding=-1), "prompt, answer", "-1 is not the label"),
-    "padding counts": (labels(padding=None), "with padding", "the padding counts"),
-    "no padding": (lambda p, a, eos, n: [OFF] * len(p) + [*a, eos], "with padding", "expected a list of"),
-    "masked by value": (by_value, "prompt and answer", "left out that the prompt has"),
-    "a tensor": (lambda *given: torch.tensor(labels()(*given)), "prompt, answer", "a Tensor"),
-    "a given list lengthened": (in_place, "prompt, answer", "changed a list"),
+    "the mean of the shares": (
+        lambda n, b: sum(share(batch, b) for batch in cut(n, b)) / len(cut(n, b)),
+        "several batches",
+        "mean of the batches' shares",
+    ),
+    "the list sorted in place": (sorted_first, "one batch", "changed the list"),
+    "sorted first": (lambda n, b: share(sorted(n), b), "several batches", "you sort the rows first"),
+    "the last batch as if full": (
+        lambda n, b: 1 - sum(n) / sum(b * max(batch) for batch in cut(n, b)),
+        "not full",
+        "as if it were full",
+    ),
+    "the last batch left out": (whole_batches, "not full", "left out"),
+    "nothing returned": (lambda n, b: None, "one batch", "NoneType"),
 }
 
 
-def piece_by_piece(prompt: list[int], answer: list[int], eos: int, length: int) -> list[int]:
-    row = [OFF] * length
-    row[len(prompt) : len(prompt) + len(answer) + 1] = [*answer, eos]
-    return row
+def added_up(lengths: list[int], batch_size: int) -> float:
+    padded = total = 0
+    for start in range(0, len(lengths), batch_size):
+        batch = lengths[start : start + batch_size]
+        padded += sum(max(batch) - length for length in batch)
+        total += len(batch) * max(batch)
+    return padded / total
 
 
-def by_place(prompt: list[int], answer: list[int], eos: int, length: int) -> list[int]:
-    written = dict(enumerate([*answer, eos], len(prompt)))
-    return [written.get(place, OFF) for place in range(length)]
+def as_a_tensor(lengths: list[int], batch_size: int) -> float:
+    batches = torch.tensor(lengths).split(batch_size)
+    return 1 - sum(lengths) / sum(batch.numel() * batch.max().item() for batch in batches)
 
 
-test_other_labels_pass = each_passes(checks.answer_labels, {"piece by piece": piece_by_piece, "by place": by_place})
-test_answer_labels_names_the_mistake = each_is_found(checks.answer_labels, ANSWER_LABELS)
+test_other_shares_pass = each_passes(checks.padding_share, {"added up": added_up, "with split": as_a_tensor})
+test_padding_share_names_the_mistake = each_is_found(checks.padding_share, PADDING_SHARE)
+
+
+def masked(
+    start: Callable[[list[int]], list[int]] = list,
+    counts: Callable[[Tensor, Tensor], Tensor] = lambda ids, mask: mask == 1,
+    off: int = OFF,
+    keep: bool = True,
+) -> Callable[..., Tensor]:
+    """An answer to *Your turn*: which places count, by the prompts' lengths and by the mask."""
+
+    def label(ids: Tensor, mask: Tensor, prompts: list[int]) -> Tensor:
+        starts = torch.tensor(start(prompts))[:, None]
+        wanted = (torch.arange(ids.shape[1]) >= starts) & counts(ids, mask)
+        return torch.where(wanted == keep, ids, off)
+
+    return label
+
+
+def in_place(ids: Tensor, mask: Tensor, prompts: list[int]) -> Tensor:
+    labels = ids
+    labels[mask == 0] = OFF
+    for row, n in enumerate(prompts):
+        labels[row, :n] = OFF
+    return labels
+
+
+def by_value(ids: Tensor, mask: Tensor, prompts: list[int]) -> Tensor:
+    labels = masked()(ids, mask, prompts)
+    for row, n in enumerate(prompts):
+        labels[row, torch.isin(ids[row], ids[row, :n])] = OFF
+    return labels
+
+
+def rolled(by: int) -> Callable[..., Tensor]:
+    def label(ids: Tensor, mask: Tensor, prompts: list[int]) -> Tensor:
+        labels = masked()(ids, mask, prompts).roll(by, 1)
+        labels[:, -1 if by < 0 else 0] = OFF
+        return labels
+
+    return label
+
+
+def not_end(ids: Tensor, mask: Tensor) -> Tensor:
+    return ids != lesson_07.END  # as who masks the padding by its id
+
+
+def before_end(ids: Tensor, mask: Tensor) -> Tensor:
+    return torch.arange(ids.shape[1]) < mask.sum(1, keepdim=True) - 1
+
+
+MASK_LABELS = {
+    "nothing masked": (lambda ids, mask, prompts: ids.clone(), "one row", "prompts and padding count|prompts count"),
+    "the prompts not masked": (masked(lambda p: [0] * len(p)), "one row", "the prompts count|prompts and padding"),
+    "padding masked by its id": (masked(counts=not_end), "one row", "never learns to stop"),
+    "the ends masked by place": (masked(counts=before_end), "one row", "never learns to stop"),
+    "the prompt's last token counts": (masked(lambda p: [n - 1 for n in p]), "one row", "last token of each prompt"),
+    "the answer's first does not": (masked(lambda p: [n + 1 for n in p]), "one row", "first token of each answer"),
+    "shifted": (rolled(-1), "one row", "does that shift itself"),
+    "shifted the other way": (rolled(1), "one row", "one place late"),
+    "the wrong way round": (masked(keep=False), "one row", "the wrong way round"),
+    "0 instead of -100": (masked(off=0), "one row", "0 is the id of a token"),
+    "-1 instead of -100": (masked(off=-1), "one row", "-1 is not the label"),
+    "everything masked": (lambda ids, mask, prompts: torch.full_like(ids, OFF), "one row", "no label is left"),
+    "one prompt length for all": (masked(lambda p: [p[0]] * len(p)), "several rows", "first row's prompt length"),
+    "the longest prompt for all": (masked(lambda p: [max(p)] * len(p)), "several rows", "longest prompt's length"),
+    "the shortest prompt for all": (masked(lambda p: [min(p)] * len(p)), "several rows", "shortest prompt's length"),
+    "the padding counts": (masked(counts=lambda ids, mask: mask > -1), "padding", "one end after another"),
+    "masked by value": (by_value, "prompt and answer", "its prompt has them, too"),
+    "the batch changed": (in_place, "one row", "changes the batch"),
+    "a list": (lambda *given: masked()(*given).tolist(), "one row", "a list"),
+    "floats": (lambda *given: masked()(*given).float(), "one row", "float32"),
+    "a mask instead of labels": (lambda ids, mask, p: masked()(ids, mask, p) != OFF, "one row", "bool"),
+    "the library's own": (datasets.mask_labels, "one row", "the library's own code"),
+}
+
+
+def row_by_row(ids: Tensor, mask: Tensor, prompts: list[int]) -> Tensor:
+    labels = ids.clone()
+    labels[mask == 0] = OFF
+    for row, n in enumerate(prompts):
+        labels[row, :n] = OFF
+    return labels
+
+
+def piece_by_piece(ids: Tensor, mask: Tensor, prompts: list[int]) -> Tensor:
+    labels = torch.full_like(ids, OFF)
+    for row, n in enumerate(prompts):
+        end = int(mask[row].sum())
+        labels[row, n:end] = ids[row, n:end]
+    return labels
+
+
+def from_lists(ids: Tensor, mask: Tensor, prompts: list[int]) -> Tensor:
+    labels = []
+    for row, real, n in zip(ids.tolist(), mask.tolist(), prompts, strict=True):
+        end = sum(real)
+        labels.append([OFF] * n + row[n:end] + [OFF] * (len(row) - end))
+    return torch.tensor(labels)
+
+
+RIGHT_MASKS = {"row by row": row_by_row, "piece by piece": piece_by_piece, "lists": from_lists, "where": masked()}
+test_other_masks_pass = each_passes(checks.mask_labels, RIGHT_MASKS)
+test_mask_labels_names_the_mistake = each_is_found(checks.mask_labels, MASK_LABELS)
+
+
+def test_the_lessons_own_cell_passes_and_its_stub_is_not_done() -> None:
+    (cell,) = (c for c in read(find_notebook("07")).cells if "your-turn" in c.metadata.get("tags", []))
+    for source, status in ((cell.source, "passed"), (cell.metadata["stub"], "not done")):
+        there: dict[str, Any] = {"IGNORED": OFF}
+        exec(source, there)
+        assert checks.mask_labels(there["mask_labels"]).status == status
 
 
 WARMUP_FACTOR = {

@@ -3,207 +3,103 @@
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from found import by_class, each_is_found, each_passes
+from found import each_is_found, each_passes
 from lora_edu.course import checks
 
 pytestmark = pytest.mark.graders
 
 
-def in_place(ids: Tensor, mask: Tensor) -> Tensor:
-    ids[mask == 0] = -100
-    return ids
+def with_changes(right: dict[str, Any], **changes: Any) -> Callable[[], dict[str, Any]]:
+    """The right answers, some of them changed; an underscore in a name stands for a space."""
+    return lambda: right | {key.replace("_", " "): value for key, value in changes.items()}
 
 
-def shifted(ids: Tensor, mask: Tensor) -> Tensor:
-    labels = ids.masked_fill(mask == 0, -100)
-    return torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], dim=1)
-
-
-LABELS = {
-    "by the id of the padding": (lambda i, m: i.masked_fill(i == 2, -100), "ends the text", "will never stop"),
-    "nothing masked": (lambda i, m: i.clone(), "padding is left out", "padding positions still count"),
-    "the mask upside down": (lambda i, m: i.masked_fill(m == 1, -100), "padding is left out", "still count"),
-    "zero instead of -100": (lambda i, m: i * m, "padding is left out", "still count"),
-    "changes its input": (in_place, "input_ids", "fed -100"),
-    "shifted by hand": (shifted, "ends the text", "left out"),
-    "only the end counts": (
-        lambda i, m: i.masked_fill(m.cumsum(1) != m.sum(1, keepdim=True), -100).masked_fill(m == 0, -100),
-        "own label",
-        "another label",
-    ),
-    "flattened": (lambda i, m: i.masked_fill(m == 0, -100).flatten(), "padding is left out", "your labels are ("),
+TRACES = {
+    "tensor": "logits",
+    "what helps": "fewer rows at a time",
+    "what differs": "the width",
+    "what repairs": "the base it was trained on",
 }
+test_traces_name_the_mistake = each_is_found(
+    checks.error_traces,
+    {
+        "weights": (with_changes(TRACES, tensor="weights"), "did not fit", "15.0 GiB"),
+        "adapter": (with_changes(TRACES, tensor="adapter"), "did not fit", "0.03 GiB"),
+        "optimizer": (with_changes(TRACES, tensor="optimizer states"), "did not fit", "has not made a step"),
+        "a tensor of one's own": (with_changes(TRACES, tensor="activations"), "did not fit", "is none of"),
+        "smaller rank": (with_changes(TRACES, what_helps="a smaller rank"), "trace 1: what helps", "0.03 GiB"),
+        "slower": (
+            with_changes(TRACES, what_helps="a lower learning rate"),
+            "trace 1: what helps",
+            "no tensor becomes",
+        ),
+        "the trace's advice": (
+            with_changes(TRACES, what_helps="expandable segments"),
+            "trace 1: what helps",
+            "6.13 GiB",
+        ),
+        "rank": (with_changes(TRACES, what_differs="the rank"), "what differs", "8 in the file, and 8"),
+        "scale": (with_changes(TRACES, what_differs="the scale"), "what differs", "in the config"),
+        "names": (with_changes(TRACES, what_differs="the names"), "what differs", "missing key"),
+        "another rank": (with_changes(TRACES, what_repairs="another rank in the config"), "repairs", "already"),
+        "targets": (with_changes(TRACES, what_repairs="other target modules"), "repairs", "found on both sides"),
+        "ignored": (with_changes(TRACES, what_repairs="ignoring the mismatch"), "repairs", "does nothing"),
+        "left out": (lambda: {"tensor": "logits"}, "trace 1: what helps", "'what helps' has no answer"),
+        "nothing returned": (lambda: None, "did not fit", "you return None"),
+        "a list": (lambda: list(TRACES.values()), "did not fit", "you return ['logits'"),
+    },
+)
+test_other_readings_of_the_traces_pass = each_passes(
+    checks.error_traces,
+    {
+        "capitals and spaces": with_changes(TRACES, tensor="Logits", what_helps="Fewer rows  at a time "),
+        "another order": lambda: dict(reversed(TRACES.items())),
+    },
+)
 
-
-def nothing_is_padding(ids: Tensor, mask: Tensor) -> Tensor:
-    """Overwrites the mask, so that a check which looks at it later finds no padding."""
-    mask.fill_(1)
-    return ids.clone()
-
-
-LABELS["the mask overwritten"] = (nothing_is_padding, "padding is left out", "padding positions still count")
-RIGHT_LABELS = {
-    "where": lambda i, m: torch.where(m.bool(), i, -100),
-    "an index": lambda i, m: i.clone().index_put_((m == 0,), torch.tensor(-100)),
-    "arithmetic": lambda i, m: i * m - 100 * (1 - m),
+PROFILE = {
+    "share of the optimizer": 0.0045,
+    "tokens computed": 4096,
+    "share of padding": 0.9,
+    "what helps": "pad to the longest text",
 }
-test_other_labels_pass = each_passes(checks.labels_without_padding, RIGHT_LABELS)
-test_labels_name_the_mistake = each_is_found(checks.labels_without_padding, LABELS)
-
-
-def linear(model: nn.Module, keep: Callable[[str], bool]) -> list[str]:
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and keep(name)]
-
-
-BLOCKS = {
-    "part of a name": (
-        lambda m, i: linear(m, lambda n: f"layers.{i}" in n), "more than ten", "10.",
-    ),
-    "everything with the name": (
-        lambda m, i: [n for n, _ in m.named_modules() if f"layers.{i}." in n], "fewer than ten", "needs a weight",
-    ),
-    "the number anywhere": (
-        lambda m, i: linear(m, lambda n: f".{i}." in n), "other numbered", "experts",
-    ),
-    "only direct children": (
-        lambda m, i: linear(m, lambda n: n.split(".")[-3:-1] == ["layers", str(i)]), "fewer than ten", "is not among",
-    ),
-    "first digit": (
-        lambda m, i: linear(m, lambda n: n.split("layers.")[-1][0] == str(i)), "more than ten", "too many",
-    ),
-    "counts from one": (
-        lambda m, i: linear(m, lambda n: f"layers.{i - 1}." in n), "fewer than ten", "you also return",
-    ),
-    "nothing found": (lambda m, i: [], "fewer than ten", "is not among"),
-    "endings only": (
-        lambda m, i: [n.split(".")[-1] for n in linear(m, lambda n: f"layers.{i}." in n)], "fewer", "is no module",
-    ),
-}  # fmt: skip
-BLOCKS |= {
-    "names twice": (lambda m, i: 2 * linear(m, lambda n: f"layers.{i}." in n), "fewer than ten", "twice"),
-    "nothing returned": (lambda m, i: None, "fewer than ten", "you return None"),
-}
-RIGHT_BLOCKS = {
-    "a pattern": lambda m, i: linear(m, lambda n: re.search(rf"(^|\.)layers\.{i}\.", n)),
-    "from the block itself": lambda m, i: next(
-        [f"{name}.{inner}" for inner, each in block.named_modules() if isinstance(each, nn.Linear)]
-        for name, block in m.named_modules()
-        if f".{name}".endswith(f".layers.{i}")
-    ),
-    "a generator": lambda m, i: (name for name in linear(m, lambda n: f".layers.{i}." in f".{n}")),
-}
-test_other_blocks_pass = each_passes(checks.linear_layers_of_block, RIGHT_BLOCKS)
-test_blocks_name_the_mistake = each_is_found(checks.linear_layers_of_block, BLOCKS)
-
-
-class Right(nn.Module):
-    """The right layer; each wrong one below changes one thing."""
-
-    def __init__(self, layer: Any, lora_A: Tensor, lora_B: Tensor, scaling: float):
-        super().__init__()
-        self.linear, self.lora_A, self.lora_B, self.scaling = layer, lora_A, lora_B, scaling
-        self.merged = False
-
-    def update(self) -> Tensor:
-        return self.scaling * self.lora_B @ self.lora_A
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x) if self.merged else self.linear(x) + x @ self.update().T
-
-    def merge(self) -> None:
-        if not self.merged:
-            self.linear.weight.data += self.update()
-            self.merged = True
-
-    def unmerge(self) -> None:
-        if self.merged:
-            self.linear.weight.data -= self.update()
-            self.merged = False
-
-
-class NoFlagInForward(Right):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x) + x @ self.update().T
-
-
-class NoFlagInMerge(Right):
-    def merge(self) -> None:
-        self.linear.weight.data += self.update()
-        self.merged = True
-
-
-class NoFlagInUnmerge(Right):
-    def unmerge(self) -> None:
-        self.linear.weight.data -= self.update()
-        self.merged = False
-
-
-class OnlyTheFlag(Right):
-    def merge(self) -> None:
-        self.merged = True
-
-
-class NoScale(Right):
-    def update(self) -> Tensor:
-        return self.lora_B @ self.lora_A
-
-
-class ScaleForgottenInMerge(Right):
-    def merge(self) -> None:
-        if not self.merged:
-            self.linear.weight.data += self.lora_B @ self.lora_A
-            self.merged = True
-
-
-class ZeroesB(Right):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x) + x @ self.update().T
-
-    def merge(self) -> None:
-        self.linear.weight.data += self.update()
-        self.lora_B = torch.zeros_like(self.lora_B)
-
-
-class HiddenElsewhere(Right):
-    """Never touches the weight: right in every output, but nothing to save."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x) + x @ self.update().T
-
-    def merge(self) -> None:
-        self.merged = True
-
-    def unmerge(self) -> None:
-        self.merged = False
-
-
-class FlagNotReset(Right):
-    def unmerge(self) -> None:
-        if self.merged:
-            self.linear.weight.data -= self.update()
-
-
-MERGING = {
-    NoFlagInForward: ("merged, it counts once", "adds 2.0 × the update"),
-    NoFlagInMerge: ("merging again", "adds 2.0 × the update"),
-    NoFlagInUnmerge: ("unmerge brings", "adds 0.0 × the update"),
-    OnlyTheFlag: ("merged, it counts once", "adds 0.0 × the update"),
-    NoScale: ("unmerged", "adds 0.7 × the update"),
-    ScaleForgottenInMerge: ("merged, it counts once", "adds 0.7 × the update"),
-    ZeroesB: ("the merged weight", "lora_B is no longer what it was"),
-    HiddenElsewhere: ("the merged weight", "is not W + s·BA"),
-    FlagNotReset: ("unmerge brings", "adds 0.0 × the update"),
-}
-test_merging_names_the_mistake = each_is_found(checks.merging_layer, by_class(MERGING))
+test_profile_names_the_mistake = each_is_found(
+    checks.profile_of_a_step,
+    {
+        "percent": (with_changes(PROFILE, share_of_the_optimizer=0.5), "optimizer", "a percentage"),
+        "milliseconds": (with_changes(PROFILE, share_of_the_optimizer=15), "optimizer", "a time"),
+        "backward": (with_changes(PROFILE, share_of_the_optimizer=1777 / 3347), "optimizer", "backward's share"),
+        "a guess": (with_changes(PROFILE, share_of_the_optimizer=0.1), "optimizer", "not what the profile says"),
+        "words": (with_changes(PROFILE, share_of_the_optimizer="small"), "optimizer", "expected a number"),
+        "one text": (with_changes(PROFILE, tokens_computed=512), "computed", "the tokens of one text"),
+        "real tokens": (with_changes(PROFILE, tokens_computed=427), "computed", "the texts alone"),
+        "width": (with_changes(PROFILE, tokens_computed=192), "computed", "the model's width"),
+        "the other part": (with_changes(PROFILE, share_of_padding=427 / 4096), "padding", "the share that is text"),
+        "percent of padding": (with_changes(PROFILE, share_of_padding=89.6), "padding", "a percentage"),
+        "number of tokens": (with_changes(PROFILE, share_of_padding=4096 - 427), "padding", "a number of tokens"),
+        "smaller rank": (with_changes(PROFILE, what_helps="a smaller rank"), "what helps", "r = 8"),
+        "optimizer": (with_changes(PROFILE, what_helps="another optimizer"), "what helps", "0.5 %"),
+        "checkpointing": (with_changes(PROFILE, what_helps="gradient checkpointing"), "what helps", "twice"),
+        "nothing returned": (lambda: None, "optimizer", "you return None"),
+    },
+)
+test_other_readings_of_the_profile_pass = each_passes(
+    checks.profile_of_a_step,
+    {
+        "from the column of percentages": with_changes(PROFILE, share_of_the_optimizer=0.005),
+        "computed": with_changes(
+            PROFILE, share_of_the_optimizer=15 / 3347, tokens_computed=8 * 512, share_of_padding=1 - 427 / (8 * 512)
+        ),
+    },
+)
 
 
 def doctor(*, skip: str = "", zero_is_missing: bool = False, step: bool = False, leave: bool = False) -> Callable:

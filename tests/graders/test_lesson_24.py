@@ -6,104 +6,117 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from found import assert_found, each_is_found, each_passes
+from found import each_is_found, each_passes
 from lora_edu.course import checks
 
 pytestmark = pytest.mark.graders
 
-BOUND = {
-    "the shorter time": (lambda o, b, c, w: min(o / c, b / w), "arithmetic bounds", "that of the bytes"),
-    "the sum": (lambda o, b, c, w: o / c + b / w, "arithmetic bounds", "the sum of the two times"),
-    "arithmetic only": (lambda o, b, c, w: o / c, "bytes bound", "that of the arithmetic"),
-    "bytes only": (lambda o, b, c, w: b / w, "arithmetic bounds", "the shorter of the two"),
-    "exchanged": (lambda o, b, c, w: max(o / w, b / c), "arithmetic bounds", "operations belong to the ceiling"),
-    "a rate": (lambda o, b, c, w: min(c / o, w / b), "arithmetic bounds", "how often it could run"),
-    "nothing returned": (lambda o, b, c, w: None, "arithmetic bounds", "expected a number"),
+
+def left(column: int = 2, of: int = 2, keep: bool = False) -> Callable[..., float]:
+    """An answer to A1 by the column that is removed, and the one that it is divided by."""
+
+    def share(rows: list, removed: list) -> float:
+        gone = sum(row[column] for row in rows if row[0] in removed)
+        whole = sum(row[of] for row in rows)
+        return gone / whole if keep else 1 - gone / whole
+
+    return share
+
+
+def staying(rows: list, removed: list) -> float:
+    times = {name: own for name, _, own, _ in rows}
+    return sum(own for name, own in times.items() if name not in removed) / sum(times.values())
+
+
+PROFILES = {
+    "totals": (left(3, 3), "one operation less", "counts what a row calls a second time"),
+    "totals of the removed": (left(3, 2), "calls others", "holds what they call"),
+    "calls": (left(1, 1), "one operation less", "count calls"),
+    "what goes": (left(keep=True), "one operation less", "the share that goes"),
+    "milliseconds": (
+        lambda rows, gone: sum(r[2] for r in rows if r[0] not in gone),
+        "one operation less",
+        "not a share",
+    ),
+    "a speed-up": (lambda rows, gone: 1 / left()(rows, gone), "one operation less", "how many times as fast"),
+    "in per cent": (lambda rows, gone: 100 * left()(rows, gone), "one operation less", "none of the usual slips"),
+    "a list": (lambda rows, gone: [left()(rows, gone)], "one operation less", "expected a number"),
 }
-RIGHT_BOUND = {
-    "the longer one": lambda o, b, c, w: o / c if o / c > b / w else b / w,
-    "by intensity": lambda o, b, c, w: o / min(c, o / b * w),
-}
-test_other_bounds_pass = each_passes(checks.bound_seconds, RIGHT_BOUND)
-test_bound_seconds_names_the_mistake = each_is_found(checks.bound_seconds, BOUND)
+test_other_shares_pass = each_passes(checks.time_left, {"one minus": left(), "what stays": staying})
+test_time_left_names_the_mistake = each_is_found(checks.time_left, PROFILES)
 
 
-def ratio(operations: float = 2, x: float = 1, w: float = 1, y: float = 1, wide: bool = True) -> Callable[..., float]:
-    """An answer to A2 with places to go wrong."""
+def pieces(
+    divisor: str = "counted", drop: bool = False, at_once: bool = False, means: bool = False, slope: float = 1
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """An answer to the cell of the lesson, with places to go wrong."""
 
-    def count(tokens: int, inputs: int, outputs: int, width: int) -> float:
-        numbers = x * tokens * inputs + w * inputs * outputs + y * tokens * outputs
-        return operations * tokens * inputs * outputs / (numbers * (width if wide else 1))
+    def loss_and_gradient(hidden: Tensor, weight: Tensor, labels: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+        number = {"counted": (labels != -100).sum(), "tokens": len(labels), "none": 1}[divisor]
+        loss, gradient = torch.zeros((), dtype=hidden.dtype), torch.zeros_like(hidden)
+        step = len(hidden) if at_once else rows
+        starts = range(0, len(hidden) // rows * rows if drop else len(hidden), step)
+        for start in starts:
+            own = slice(start, start + step)
+            piece = hidden[own].detach().requires_grad_()
+            divided = len(starts) * (labels[own] != -100).sum() if means else number
+            part = F.cross_entropy(piece @ weight.T, labels[own], reduction="sum") / divided
+            gradient[own] = slope * torch.autograd.grad(part, piece)[0]
+            loss += part.detach()
+        return loss, gradient
 
-    return count
-
-
-INTENSITY = {
-    "one operation a pair": (ratio(operations=1), "two operations"),
-    "numbers": (ratio(wide=False), "each has width bytes"),
-    "result not written": (ratio(y=0), "the result is written"),
-    "weight not read": (ratio(w=0), "the weight is read"),
-    "input not read": (ratio(x=0), "the input is read"),
-    "result read as well": (ratio(y=2), "written once"),
-    "upside down": (lambda *sizes: 1 / ratio()(*sizes), "bytes per operation"),
-}
-test_other_intensities_pass = each_passes(
-    checks.intensity, {"of inverses": lambda t, i, o, w: 2 / (w * (1 / t + 1 / i + 1 / o)), "with switches": ratio()}
-)
-test_intensity_names_the_mistake = each_is_found(checks.intensity, INTENSITY, step="wide product")
+    return loss_and_gradient
 
 
-def test_four_bytes_for_every_number() -> None:
-    answer = ratio()
-    assert_found(checks.intensity(lambda t, i, o, width: answer(t, i, o, 4)), "thin product", "use width")
+def by_hand(hidden: Tensor, weight: Tensor, labels: Tensor, rows: int) -> tuple[float, Tensor]:
+    """Without autograd: the gradient is softmax minus one-hot, times the weight."""
+    counted, slopes, losses = labels != -100, [], []
+    for x, y, known in zip(hidden.split(rows), labels.split(rows), counted.split(rows), strict=True):
+        slope = (x @ weight.T).log_softmax(1)
+        places = y.clamp(min=0)
+        losses.append(float(-slope[range(len(y)), places][known].sum()))
+        slope = slope.exp()
+        slope[range(len(y)), places] -= 1
+        slopes.append(known[:, None] * slope @ weight)
+    return sum(losses) / int(counted.sum()), torch.cat(slopes) / counted.sum()
 
 
-def sent(ddp: tuple[float, float] = (0, 2), fsdp: tuple[float, float] = (2, 3)) -> Callable[..., float]:
-    """An answer to B2 by how often frozen and trained numbers travel."""
-
-    def count(frozen: int, trained: int, processes: int, width: int = 2, sharded: bool = False) -> float:
-        a, b = fsdp if sharded else ddp
-        return width * (processes - 1) / processes * (a * frozen + b * trained)
-
-    return count
+def writes(hidden: Tensor, weight: Tensor, labels: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    loss, gradient = pieces()(hidden, weight, labels, rows)
+    labels[labels == -100] = 0
+    return loss, gradient
 
 
-def scaled(change: Callable[[float, int, int], float]) -> Callable[..., float]:
-    """The right bytes, changed by (bytes, processes, width)."""
-
-    def count(frozen: int, trained: int, processes: int, width: int = 2, sharded: bool = False) -> float:
-        return change(sent()(frozen, trained, processes, width, sharded), processes, width)
-
-    return count
-
-
-def no_part_kept(frozen: int, trained: int, processes: int, width: int = 2, sharded: bool = False) -> float:
-    return width * (2 * (frozen + trained) + trained if sharded else 2 * trained)
-
-
-BYTES = {
-    "frozen gradients averaged": (sent(ddp=(2, 2)), "DDP", "no gradients to average"),
-    "sent once": (sent(ddp=(0, 1)), "DDP", "travels twice"),
-    "weights without shards": (sent(ddp=(2, 3)), "DDP", "no weight travels"),
-    "gathered once": (sent(fsdp=(1, 2)), "FSDP", "the backward pass gathers again"),
-    "adapters not gathered": (sent(fsdp=(2, 1)), "FSDP", "the adapters are sharded"),
-    "no gradients": (sent(fsdp=(2, 2)), "FSDP", "gradients of what trains are missing"),
-    "gradients spread": (sent(fsdp=(2, 4)), "FSDP", "keeps its own part"),
-    "frozen gradients summed": (sent(fsdp=(3, 3)), "FSDP", "no gradients to sum"),
-    "sharded ignored": (sent(fsdp=(0, 2)), "FSDP", "the weights travel, too"),
-    "all together": (scaled(lambda size, p, width: size * p), "DDP", "all processes send together"),
-    "numbers": (scaled(lambda size, p, width: size / width), "DDP", "each has width bytes"),
-    "own part sent": (no_part_kept, "DDP", "(P − 1)/P of it travels"),
-    "no defaults": (lambda f, t, p, width, sharded: sent()(f, t, p, width, sharded), "LLaMA-7B", "raised"),
-    "four bytes by default": (
-        lambda f, t, p, width=4, sharded=False: sent()(f, t, p, width, sharded),
-        "LLaMA-7B",
-        "instead of",
+LOSSES = {
+    "a mean of means": (pieces(means=True), "the loss is", "a mean of the pieces' means"),
+    "all tokens": (pieces(divisor="tokens"), "the loss is", "you divide by all tokens"),
+    "the sum": (pieces(divisor="none"), "the loss is", "this is the sum"),
+    "the last piece dropped": (pieces(drop=True), "the loss is", "the last piece"),
+    "gradient of the sum": (
+        lambda h, w, y, n: (pieces()(h, w, y, n)[0], pieces("none")(h, w, y, n)[1]),
+        "so is its gradient",
+        "it is that of the sum",
+    ),
+    "the other sign": (pieces(slope=-1), "so is its gradient", "the other sign"),
+    "transposed": (
+        lambda *given: (pieces()(*given)[0], pieces()(*given)[1].T),
+        "so is its gradient",
+        "the gradient is (",
+    ),
+    "all logits": (pieces(at_once=True), "no more logits", "numbers at once"),
+    "writes into labels": (writes, "left as it was", "writes into labels"),
+    "the loss alone": (lambda *given: pieces()(*given)[0], "the loss is", "expected the loss and the gradient"),
+    "losses of tokens": (
+        lambda h, w, y, n: (F.cross_entropy(h @ w.T, y, reduction="none"), h),
+        "the loss is",
+        "expected one number",
     ),
 }
-test_bytes_sent_names_the_mistake = each_is_found(checks.bytes_sent, BYTES)
+test_other_losses_pass = each_passes(checks.loss_by_pieces, {"by autograd": pieces(), "by hand": by_hand})
+test_loss_by_pieces_names_the_mistake = each_is_found(checks.loss_by_pieces, LOSSES)
 
 
 def predicted(operations: float = 1, traffic: float = 1, whole: bool = False) -> Callable[..., float]:

@@ -146,7 +146,7 @@ def test_peft_speed_names_an_unknown_shape(peft_speed):
     assert "--quick" in peft_speed("--help").stdout
 
 
-@pytest.mark.parametrize("name", ["memory_7b", "speed_7b", "loss_8b"])
+@pytest.mark.parametrize("name", ["memory_7b", "memory_cases", "speed_7b", "loss_8b"])
 def test_without_a_gpu_they_say_so_and_pass(name, monkeypatch, capsys, tmp_path):
     out = tmp_path / "none.json"
     monkeypatch.setattr(sys, "path", [*sys.path])
@@ -494,6 +494,24 @@ def test_the_recorded_ways_hold_together():
                 "full" not in name and name != "peft, fp32 adapter"
             ):  # no more than PEFT's, but for 0.2 GiB that a graph keeps
                 assert way["peak_bytes"] <= ways["peft"]["peak_bytes"] + 0.2 * 2**30
+
+
+def test_memory_cases_runs_on_a_toy(monkeypatch, tmp_path):
+    out = tmp_path / "toy.json"
+    monkeypatch.setattr(sys, "path", [*sys.path, str(data_path().parent / "benchmarks")])
+    monkeypatch.setattr(sys, "argv", ["memory_cases.py", "--toy", "--out", str(out)])
+    script("memory_cases").main()
+    shipped = json.loads(data_path("runs", "memory_cases.json").read_text(encoding="utf-8"))
+    same = ("method", "checkpointing", "autocast")
+    lines = [[[run[name] for name in same] for run in each["runs"]] for each in (json.loads(out.read_text()), shipped)]
+    assert lines[0] == lines[1]
+
+
+def test_the_recorded_cases_are_those_that_the_readme_names():
+    path = data_path("runs", "memory_cases.json")
+    assert hashlib.sha256(path.read_bytes()).hexdigest() in data_path("README.md").read_text(encoding="utf-8")
+    message = json.loads(path.read_text(encoding="utf-8"))["out_of_memory"]["message"]
+    assert message.startswith("CUDA out of memory. Tried to allocate 256.00 MiB.")
 
 
 def test_loss_8b_runs_on_a_toy(monkeypatch, capsys, tmp_path):

@@ -18,6 +18,7 @@ from lora_edu.files import data_path
 from lora_edu.lab.bases import list_bases
 from lora_edu.lab.datasets import (
     DATASETS,
+    IGNORED,
     SPLITS,
     TEXTS,
     collate,
@@ -26,6 +27,7 @@ from lora_edu.lab.datasets import (
     format_chat,
     format_entry,
     load_dataset,
+    mask_labels,
     prompt_ids,
 )
 
@@ -303,6 +305,19 @@ def test_collate_pads_on_the_right_and_masks_the_padding():
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
     assert batch["labels"].tolist() == [[-100, 5, 2], [-100, 2, -100]]
     assert batch["input_ids"].dtype == torch.int64
+
+
+def test_labels_of_a_batch_are_those_that_encode_and_collate_give(tokenizer):
+    rows = encode(load_dataset("devils_dictionary")[:12], tokenizer, max_length=20)  # some are cut, most are padded
+    batch = collate(rows, tokenizer.eos_token_id)
+    prompts = [sum(label == IGNORED for label in row["labels"]) for row in rows]
+    before = batch["input_ids"].clone()
+    labels = mask_labels(batch["input_ids"], batch["attention_mask"], prompts)
+    assert torch.equal(labels, batch["labels"])
+    assert torch.equal(batch["input_ids"], before)
+    ends = (batch["input_ids"] == tokenizer.eos_token_id) & (batch["attention_mask"] == 1)
+    assert ends.any()
+    assert (labels[ends] == tokenizer.eos_token_id).all()  # although the padding has the same id
 
 
 def test_collate_takes_one_label_per_row():

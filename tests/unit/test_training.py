@@ -7,10 +7,17 @@ import torch
 from peft import LoraConfig as PeftConfig
 from peft import get_peft_model
 from torch import nn
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    get_linear_schedule_with_warmup,
+)
 
 from lora_edu.files import data_path
-from lora_edu.lab.datasets import encode, load_dataset
+from lora_edu.lab.datasets import collate, encode, load_dataset
+from lora_edu.lab.schedules import rate_factor
 from lora_edu.lab.training import _batches, accuracy, evaluate, generate, set_seed, train
 
 
@@ -111,17 +118,67 @@ def test_without_patience_the_last_weights_stay(model, rows):
     assert evaluate(model, rows[:6]) == pytest.approx(history.eval_loss["held-out"][-1], abs=1e-6)
 
 
-def test_warm_up_rises_linearly(model, rows, monkeypatch):
-    rates = []
-    step = torch.optim.AdamW.step
+def test_it_is_the_plain_loop_of_lesson_07(model, rows):
+    start, order = state(model), _batches(len(rows), 2, 0)
+    ours = train(model, rows, steps=5, batch_size=2, learning_rate=1e-2, warmup_steps=3).train_loss
+    trained = state(model)
+    model.load_state_dict(start)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    model.train()
+    by_hand = []
+    for step in range(1, 6):
+        optimizer.param_groups[0]["lr"] = 1e-2 * min(1.0, step / 3)
+        loss = model(**collate([rows[i] for i in next(order)], 0)).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        by_hand.append(loss.item())
+    assert by_hand == pytest.approx(ours, abs=1e-5)
+    assert all(torch.allclose(value, trained[name], atol=1e-5) for name, value in model.state_dict().items())
+
+
+@pytest.fixture
+def rates(monkeypatch):
+    """The learning rate of each of AdamW's steps."""
+    noted, step = [], torch.optim.AdamW.step
 
     def noting(self, *args, **kwargs):
-        rates.append(self.param_groups[0]["lr"])
+        noted.append(self.param_groups[0]["lr"])
         return step(self, *args, **kwargs)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", noting)
+    return noted
+
+
+def test_warm_up_rises_linearly(model, rows, rates):
     train(model, rows, steps=6, learning_rate=0.4, warmup_steps=4)
     assert rates == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4, 0.4])
+
+
+def test_a_linear_schedule_falls_to_nearly_zero(model, rows, rates):
+    train(model, rows, steps=6, learning_rate=0.4, warmup_steps=2, schedule="linear")
+    assert rates == pytest.approx([0.2, 0.4, 0.4, 0.3, 0.2, 0.1])
+    del rates[:]
+    train(model, rows, steps=4, learning_rate=0.4, schedule="linear")
+    assert rates == pytest.approx([0.4, 0.3, 0.2, 0.1])
+
+
+def test_a_linear_schedule_falls_as_transformers_does():
+    """After warm-up; theirs begins it with a step of rate zero, which trains nothing."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    theirs = get_linear_schedule_with_warmup(optimizer, num_warmup_steps=3, num_training_steps=10).lr_lambdas[0]
+    ours = rate_factor("linear", 10, 3)
+    assert [ours(done) for done in range(3, 10)] == pytest.approx([theirs(done) for done in range(3, 10)])
+    assert theirs(0) == 0 < ours(0)
+
+
+@pytest.mark.errors
+def test_a_schedule_that_cannot_be_followed(model, rows):
+    with pytest.raises(ValueError, match="schedule='cosine': expected one of 'constant', 'linear'"):
+        train(model, rows, steps=2, schedule="cosine")
+    with pytest.raises(ValueError, match="warmup_steps=2 of 2 steps leave none in which the rate could fall"):
+        train(model, rows, steps=2, warmup_steps=2, schedule="linear")
 
 
 def test_modules_may_add_to_the_loss_and_see_the_gradients(model, rows):

@@ -1,21 +1,25 @@
-"""The checks of lesson 06: bytes of a recipe (A1), operations (A2), what is kept (B1), a batch (B2), ratios (C1)."""
+"""The checks of lesson 06: bytes of a recipe (A1), a message (A2), what is kept (B1), a job (B2), ratios (C1)."""
 
+import json
 import math
 import random
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from statistics import mean, median, quantiles
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig
 
-from lora_edu.counting.flops import step_flops
 from lora_edu.counting.measure import saved_bytes
-from lora_edu.counting.memory import find_recipe, training_memory
+from lora_edu.counting.memory import MemoryEstimate, find_recipe, training_memory
 from lora_edu.counting.meta import meta_model
 from lora_edu.course.checks.candidates import without
 from lora_edu.course.checks.report import Report, Wrong, run_steps
-from lora_edu.course.checks.tools import close_number, known_slip, need_number, need_several, need_whole
+from lora_edu.course.checks.tools import close_number, known_slip, need_number, need_several, need_whole, with_note
+from lora_edu.files import data_path
 
 
 @without(
@@ -82,79 +86,120 @@ def state_bytes(candidate: Callable[..., float], hint: int = 1) -> Report:
     return run_steps("bytes of a recipe", steps, hint)
 
 
-@without(
-    "lora_edu.counting",
-    symptom="you call {name}, which counts for you",
-    question="Which products does a weight take part in: forward, gradient of its input, its own gradient?",
-    fix="Return tokens * (frozen * (4 + again) + trained * (6 + again)), again = 2 with checkpointing and 0 without.",
-)
-def step_operations(candidate: Callable[..., int], hint: int = 1) -> Report:
-    """Exercise A2: ``candidate(frozen, trained, tokens, checkpointing=False)`` operations of a training step."""
-    rule = "tokens * (frozen * (4 + again) + trained * (6 + again)), again = 2 with checkpointing and 0 without."
+HELP: dict[str, tuple[str, dict[str, Any]]] = {  # what A2 offers, and how training_memory's arguments change with it
+    "a": ("expandable segments give back what is cached and no more", {}),
+    "b": ("the rank hardly enters", {"r": 4}),
+    "c": ("", {"batch": 16}),
+    "d": ("", {"checkpointing": True}),
+    "e": ("a vocabulary of 32,000 makes the loss a small part", {"loss_rows": 512}),
+    "f": ("", {"precision": "bf16"}),
+}
 
-    def compare(frozen: int, trained: int, tokens: int, checkpointing: bool) -> None:
-        question = "Which products does a weight take part in: forward, gradient of its input, its own gradient?"
-        got = need_number(candidate(frozen, trained, tokens, checkpointing), question, f"Return {rule}")
-        right = tokens * (4 * frozen + 6 * trained + (2 * (frozen + trained) if checkpointing else 0))
-        if got == right:
+
+def out_of_memory(candidate: Callable[[], Mapping[str, Any]], hint: int = 1) -> Report:
+    """Exercise A2: ``candidate()`` is what a message says, in GiB, the phase of the step, and the letters that help."""
+    job = json.loads(data_path("runs", "memory_cases.json").read_text(encoding="utf-8"))["out_of_memory"]
+    message = job["message"]
+
+    def size(before: str) -> float:
+        """The size in GiB after these words of the message."""
+        found = re.search(rf"{before}([\d.]+) ([GM])iB", message)
+        assert found is not None
+        return float(found[1]) / (1 if found[2] == "G" else 1024)
+
+    asked, live = size("Tried to allocate "), size("Of the allocated memory ")
+    cached, in_use, total = size("PyTorch, and "), size("this process has "), size("total capacity of ")
+    outside = in_use - live - cached
+
+    def number(name: str, right: float, slips: dict[float, str], question: str, fix: str) -> None:
+        got = need_number(answer_of(candidate, name), question, fix)
+        if abs(got - right) <= 0.0051:
             return
-        plain = tokens * (4 * frozen + 6 * trained)
-        slips = {
-            tokens * (2 * frozen + 6 * trained): "the gradient crosses frozen weights, too, and that is a product",
-            tokens * 6 * (frozen + trained): "a frozen weight has no gradient of its own",
-            tokens * 6 * trained: "frozen weights work in the forward pass, and their inputs get gradients",
-            right // tokens: "your count does not grow with the tokens",
-            right // 2: "a multiplication and an addition are two operations",
-            tokens * (2 * frozen + 4 * trained): "you leave out the forward pass, or the gradient of the input",
+        note = next((words for value, words in slips.items() if abs(got - value) <= 0.0051), "")
+        raise Wrong(with_note(f"{name!r} is {got:,.2f} GiB instead of {right:.2f}", note), question, fix)
+
+    def sizes() -> None:
+        question = "Which number of the message belongs to which of these words?"
+        mib = {1024 * asked: "the message says MiB, and you are asked for GiB", 1000 * asked: "a GiB is 1024 MiB"}
+        number("asked", asked, {**mib, asked * 1.024: "a GiB is 1024 MiB"}, question, "Return 256 / 1024.")
+        swapped = {
+            in_use: "this is all that the process holds",
+            live + cached: "this includes what is reserved and unused",
+            total: "this is the card",
+            cached: "this is reserved and unused",
         }
-        if checkpointing:
-            slips |= {
-                plain: "checkpointing runs the forward pass a second time",
-                plain + 2 * tokens * trained: "checkpointing runs the frozen weights a second time, too",
-                plain + 2 * tokens * frozen: "checkpointing runs the trained weights a second time, too",
-                2 * plain: "checkpointing repeats the forward pass, not the whole step",
-            }
-        unknown = "this is not the sum of forward, input gradients and weight gradients"
-        note = known_slip(got, slips.items(), otherwise=unknown)
-        raise Wrong(
-            f"with frozen={frozen:,}, trained={trained:,}, tokens={tokens}, checkpointing={checkpointing} "
-            f"you count {got:,} instead of {right:,}: {note}",
-            question,
-            f"Return {rule}",
-        )
+        number("live", live, swapped, question, f"Tensors hold what is allocated by PyTorch, {live} GiB.")
+        swapped = {live: "this is what tensors hold", outside: "this is outside PyTorch", outside + cached: "too much"}
+        number("cached", cached, swapped, question, f"It is called reserved by PyTorch but unallocated: {cached} GiB.")
 
-    def full() -> None:
-        compare(0, random.randint(1000, 9000), random.randint(11, 60), False)
+    def context() -> None:
+        question = "What does the process hold in all, and which two parts of that has PyTorch's allocator?"
+        slips = {
+            in_use - live: "what PyTorch has reserved is still in it",
+            total - live - cached: "the card has more than this process uses",
+            total - in_use: "this is what is free",
+        }
+        number("outside", outside, slips, question, f"Return {in_use} - {live} - {cached}.")
 
-    def lora() -> None:
-        compare(random.randint(50_000, 90_000), random.randint(1000, 9000), random.randint(11, 60), False)
-
-    def checkpointed() -> None:
-        compare(random.randint(50_000, 90_000), random.randint(1000, 9000), random.randint(11, 60), True)
-
-    def oracle() -> None:
-        # two tokens: attention's own products are then small beside the weights'
-        config = LlamaConfig(
-            hidden_size=256, intermediate_size=512, num_attention_heads=4, num_hidden_layers=3, vocab_size=300
-        )
-        config._attn_implementation = "eager"
-        model = meta_model(config)
-        products = sum(p.numel() for p in model.parameters() if p.dim() == 2) - 300 * 256
-        counted, got = step_flops(model, tokens=2), candidate(0, products, 2)
-        if abs(got / counted - 1) > 0.03:
+    def phase() -> None:
+        got, question = answer_of(candidate, "phase"), "Which function stands in the last line of the calls?"
+        if got != "forward":
             raise Wrong(
-                f"PyTorch counts {counted:,} operations for a small Llama, you {got:,}",
-                "Does your function work without checkpointing=…?",
-                f"Return {rule}",
+                f"'phase' is {got!r}: in the backward pass the last calls would be autograd's, in the third the "
+                "optimizer's",
+                question,
+                'It stopped in LoRALinear.update, which forward calls: "forward".',
             )
 
+    def helps() -> None:
+        question = "How many GiB does lora_edu.counting give for this job after each change, and how many has the card?"
+        fix = "Compare training_memory('llama-7b', …, batch=32, tokens=512).peak after each change with the card."
+        given = answer_of(candidate, "helps")
+        words = given if isinstance(given, str) else " ".join(map(str, given)) if isinstance(given, Collection) else ""
+        got = set(re.findall(r"\b[a-z]\b", words) or re.findall(r"[a-z]", words))
+        for letter, (note, change) in HELP.items():
+            asks = {"r": 16, "batch": job["batch"], "precision": "fp32-adapter"} | change
+            need = estimated("llama-7b", "lora", tokens=job["tokens"], **asks).peak / 2**30 + outside
+            fits = f"with ({letter}) the step needs {need:.0f} GiB of {total:.0f}"
+            if letter in got and need > total:
+                raise Wrong(f"{fits}, so it still does not fit: {note}", question, fix)
+            if letter not in got and need <= total:
+                raise Wrong(f"{fits}, so it fits, and you leave it out", question, fix)
+        if got - set(HELP):
+            raise Wrong(f"{sorted(got - set(HELP))} are none of the letters (a) to (f)", question, fix)
+
     steps = [
-        ("full fine-tuning", full),
-        ("frozen weights", lora),
-        ("checkpointing", checkpointed),
-        ("within 3 % of PyTorch's own count", oracle),
+        ("what was asked for, is live, is cached", sizes),
+        ("what PyTorch's allocator does not hold", context),
+        ("where the step stopped", phase),
+        ("which changes help", helps),
     ]
-    return run_steps("operations of a step", steps, hint)
+    return run_steps("an out-of-memory message", steps, hint)
+
+
+def answer_of(candidate: Callable[[], Mapping[str, Any]], name: str) -> Any:
+    """The entry of the candidate's dictionary; ``Wrong`` if it is no dictionary or has none."""
+    answers = candidate()
+    if not isinstance(answers, Mapping) or name not in answers:
+        raise Wrong(
+            f"expected a dictionary with {name!r}, and got {answers!r}",
+            "Which entries does the exercise ask for?",
+            'Return {"asked": …, "live": …, "cached": …, "outside": …, "phase": …, "helps": …}.',
+        )
+    return answers[name]
+
+
+@lru_cache
+def built(name: str) -> nn.Module:
+    """The model without weights, built once."""
+    return meta_model(name)
+
+
+@lru_cache
+def estimated(name: str, method: str, precision: str, **options: Any) -> MemoryEstimate:
+    """``training_memory`` with LoRA on all linear layers, each question answered once."""
+    lora: dict[str, Any] = {"r": 16, "target_modules": "all-linear"} | options
+    return training_memory(built(name), method, precision, **lora)
 
 
 @without(
@@ -247,82 +292,129 @@ def kept_bytes(candidate: Callable[[nn.Module, Callable[[], Tensor]], int], hint
     return run_steps("what autograd keeps", steps, hint)
 
 
-def largest_batch(candidate: Callable[..., int], hint: int = 1) -> Report:
-    """Exercise B2: ``candidate(peak, gib, reserve=1.0, limit=65536)`` is the largest batch that fits, 0 if none."""
+RESERVE = 2.0  # GiB that B2 leaves free
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be trained, on a card of how many GiB, with how many rows of how many tokens in an optimizer step."""
+
+    model: str
+    method: str
+    gib: float
+    tokens: int
+    rows: int
+
+    def needs(self, micro_batch: int, checkpointing: bool, loss_rows: int | None) -> float:
+        """Bytes at the peak of an optimizer step."""
+        precision = "bf16" if self.method == "full" else "fp32-adapter"
+        options = {"batch": micro_batch, "tokens": self.tokens, "checkpointing": checkpointing}
+        e = estimated(self.model, self.method, precision, loss_rows=loss_rows, **options)
+        return e.peak if micro_batch == self.rows else e.states + (e.activations or 0)
+
+    def best(self) -> tuple[bool, int] | None:
+        """Whether to checkpoint, and the largest micro-batch that then fits; None if nothing does."""
+        pieces = None if self.method == "full" else 512
+        for checkpointing in (False, True):
+            for micro_batch in (n for n in range(self.rows, 0, -1) if self.rows % n == 0):
+                if self.needs(micro_batch, checkpointing, pieces) <= (self.gib - RESERVE) * 2**30:
+                    return checkpointing, micro_batch
+        return None
+
+    def __str__(self) -> str:
+        return f"{self.method}, {self.model}, {self.rows}×{self.tokens} tokens, a card of {self.gib:.2f} GiB"
+
+
+def size_job(candidate: Callable[..., Mapping[str, Any] | None], hint: int = 1) -> Report:
+    """Exercise B2: ``candidate(model, method, gib, tokens, rows)`` is a plan that fits and is the fastest, or None."""
     fix = (
-        "Bisect between a batch that fits (0) and one that does not (limit + 1); compare with (gib - reserve) * 2**30."
+        "Try checkpointing False, then True, and in each micro-batches from rows down; take the first whose peak, "
+        "e.peak for one micro-batch and e.states + e.activations for several, is at most (gib - 2) * 2**30."
     )
 
-    def compare(peak: Callable[[int], float], right: int, words: str, gib: float, **options: float) -> None:
-        calls = 0
-
-        def counted(batch: int) -> float:
-            nonlocal calls
-            calls += 1
-            if calls > 40:
-                raise Wrong(
-                    f"{words}: you called peak more than 40 times",
-                    "How does one find a name in a telephone book?",
-                    fix,
-                )
-            if batch < 1:
-                raise Wrong(f"{words}: you asked for the peak of batch {batch}", "What is the smallest batch?", fix)
-            return peak(batch)
-
-        got = need_whole(candidate(counted, gib, **options), "Can a batch have half a row?", fix)
-        if got == right:
+    def compare(job: Job) -> None:
+        right = job.best()
+        got = candidate(built(job.model), job.method, job.gib, job.tokens, job.rows)
+        if right is None or got is None:
+            if got is not None:
+                raise Wrong(f"{job}: you return {got!r}, and nothing fits", "What do the frozen weights need?", fix)
+            if right is not None:
+                words = f"{job}: you find nothing, and micro-batches of {right[1]} fit with checkpointing={right[0]}"
+                question = "Did you try checkpointing, and with LoRA a loss in pieces of 512 tokens?"
+                raise Wrong(words, question, fix)
             return
-        room = (gib - options.get("reserve", 1.0)) * 2**30
-        note = f"{right} would fit, too"
-        if got > right:
-            note = f"at {got} the peak is {peak(got) / 2**30:.3f} GiB, and {room / 2**30:.3f} GiB are free"
-            if peak(got) <= gib * 2**30:
-                note += ": the reserve is for the CUDA context"
-            if got > options.get("limit", 65_536):
-                note = f"{got} is above the limit"
-        elif got and peak(got + 1) > (gib - options.get("reserve", 1.0)) * 1e9:
-            note += ": a GiB has 2**30 bytes"
-        raise Wrong(f"{words}: you return {got} instead of {right}; {note}", "Which batch is the last that fits?", fix)
+        micro_batch, accumulation, checkpointing, loss_rows = entries(got)
+        if min(micro_batch, accumulation) < 1 or micro_batch * accumulation != job.rows:
+            words = f"{job}: {accumulation} micro-batches of {micro_batch} rows are not {job.rows} rows"
+            raise Wrong(words, "How many micro-batches make one optimizer step?", fix)
+        if loss_rows is not None and (job.method == "full" or loss_rows < 1):
+            words = f"{job}: loss_rows={loss_rows}, but a loss in pieces needs a frozen head and at least one token"
+            raise Wrong(words, "Does the head train in full fine-tuning?", fix)
+        need, room = job.needs(micro_batch, checkpointing, loss_rows) / 2**30, job.gib - RESERVE
+        if need > room:
+            raise Wrong(
+                with_note(
+                    f"{job}: your plan {got!r} needs {need:.2f} GiB of {room:.2f}",
+                    excess(job, need, micro_batch, checkpointing, loss_rows),
+                ),
+                "What is in memory when the last micro-batch's loss goes backward?",
+                fix,
+            )
+        if checkpointing and not right[0]:
+            words = f"{job}: you checkpoint, and without it micro-batches of {right[1]} fit"
+            raise Wrong(words, "What does checkpointing cost in operations?", fix)
+        if micro_batch < right[1]:
+            smaller = job.needs(right[1], right[0], loss_rows) / 2**30
+            note = "a GiB has 2**30 bytes" if smaller <= room else "with a loss in pieces"
+            words = f"{job}: micro-batches of {right[1]} fit, yours are of {micro_batch}; {note}"
+            raise Wrong(words, "Which is the largest divisor of rows that fits?", fix)
 
-    def steady() -> None:
-        each, start = random.uniform(0.05, 0.09), random.uniform(2, 5)
-        gib, reserve = random.randint(20, 40), random.choice([1.5, 2.5])
-        right = int((gib - reserve - start) / each)
-        compare(lambda b: (start + each * b) * 2**30, right, "a peak that grows evenly", gib, reserve=reserve)
+    def entries(plan: Any) -> tuple[int, int, bool, int | None]:
+        names = ("micro_batch", "accumulation", "checkpointing", "loss_rows")
+        if not isinstance(plan, Mapping) or set(names) - set(plan):
+            words = f"expected a dictionary with {', '.join(names)} or None, and got {plan!r}"
+            raise Wrong(words, "Which four decisions does a plan hold?", fix)
+        whole = "Can a batch have half a row?"
+        micro_batch, accumulation = (need_whole(plan[name], whole, fix) for name in names[:2])
+        loss_rows = plan["loss_rows"]
+        return micro_batch, accumulation, bool(plan["checkpointing"]), loss_rows and need_whole(loss_rows, whole, fix)
 
-    def flat() -> None:
-        start, each, gib = random.uniform(10, 12), random.uniform(0.2, 0.3), 24
-        right = int((gib - 1.0) / each)
-        compare(lambda b: max(start, each * b) * 2**30, right, "a peak that is flat at first", gib)
+    def excess(job: Job, need: float, micro_batch: int, checkpointing: bool, loss_rows: int | None) -> str:
+        """What is known about a plan that needs too much."""
+        alone = replace(job, rows=micro_batch)
+        if alone.needs(micro_batch, checkpointing, loss_rows) / 2**30 <= job.gib - RESERVE:
+            return "from the second micro-batch on gradients and activations are there together"
+        return f"{RESERVE:.0f} GiB stay free for the CUDA context and PyTorch's reserve" if need <= job.gib else ""
 
-    def none() -> None:
-        compare(lambda b: (30 + b) * 2**30, 0, "a model that does not fit at all", 24)
+    def at_once() -> None:
+        tokens, rows = random.choice([256, 512]), 8
+        need = Job("smollm2-135m", "lora", 0, tokens, rows).needs(rows, False, 512) / 2**30
+        compare(Job("smollm2-135m", "lora", need + RESERVE + random.uniform(0.03, 0.1), tokens, rows))
 
-    def all_fit() -> None:
-        limit = random.randint(20, 90)
-        compare(lambda b: (5 + b / 1000) * 2**30, limit, "a model of which every batch fits", 24, limit=limit)
+    def accumulated() -> None:
+        need = Job("llama-7b", "lora", 0, 512, 8).needs(4, False, 512) / 2**30
+        compare(Job("llama-7b", "lora", need + RESERVE - random.uniform(0.3, 1.5), 512, random.choice([8, 16])))
 
-    def exact() -> None:
-        compare(lambda b: b * 2**30, 15, "a peak that fills the card to the last byte", 16)
+    def checkpointed() -> None:
+        compare(Job("llama-3-8b", "lora", 24, random.choice([2048, 4096]), random.choice([8, 16])))
 
-    def llama() -> None:
-        def peak(batch: int) -> float:
-            return training_memory(small, target_modules="all-linear", batch=batch, tokens=512).peak
+    def too_large() -> None:
+        compare(Job("llama-13b", "lora", 24, 512, 4))
 
-        small = "smollm2-135m"
-        at = [peak(batch) for batch in (1, 2)]
-        right = int(((8 - 1.0) * 2**30 - at[0]) / (at[1] - at[0])) + 1
-        compare(peak, right, "SmolLM2 on an 8 GiB card", 8)
+    def everything() -> None:
+        tokens, several = 256, Job("smollm2-135m", "full", 0, 256, 8)
+        together, alone = several.needs(4, False, None), Job("smollm2-135m", "full", 0, tokens, 4).needs(4, False, None)
+        share = random.uniform(0.3, 0.7)
+        compare(Job("smollm2-135m", "full", RESERVE + (share * together + (1 - share) * alone) / 2**30, tokens, 8))
 
     steps = [
-        ("a peak that grows evenly", steady),
-        ("a peak that is flat at first", flat),
-        ("nothing fits", none),
-        ("everything fits", all_fit),
-        ("exactly full", exact),
-        ("SmolLM2 with LoRA on an 8 GiB card", llama),
+        ("a card on which the whole batch just fits", at_once),
+        ("accumulation before checkpointing", accumulated),
+        ("Llama-3-8B on 24 GiB", checkpointed),
+        ("a base that does not fit at all", too_large),
+        ("full fine-tuning, whose gradients stay", everything),
     ]
-    return run_steps("largest batch", steps, hint)
+    return run_steps("a job for a card", steps, hint)
 
 
 def paired_ratio(

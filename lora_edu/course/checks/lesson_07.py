@@ -1,4 +1,7 @@
-"""The checks of lesson 07: labels (A1), warm-up (A2), chat rows (B1), early stopping (B2), equal quality (C1)."""
+"""The checks of lesson 07: padding (A1), warm-up (A2), chat rows (B1), early stopping (B2), equal quality (C1).
+
+And the labels of a batch, in the lesson's *Your turn*.
+"""
 
 import copy
 import math
@@ -13,7 +16,17 @@ from torch import Tensor, nn
 
 from lora_edu.course.checks.candidates import plain, without
 from lora_edu.course.checks.report import Report, Step, Wrong, run_steps
-from lora_edu.course.checks.tools import close_number, is_number, known_slip, need_refusal, small_llama, with_note
+from lora_edu.course.checks.tools import (
+    close_number,
+    dtype_name,
+    is_number,
+    is_tensor,
+    known_slip,
+    need_refusal,
+    shape_or_type,
+    small_llama,
+    with_note,
+)
 from lora_edu.lab.bases import require_base
 from lora_edu.lab.datasets import IGNORED, collate, encode, format_chat, load_dataset, prompt_ids
 from lora_edu.lab.recording.records import read_record
@@ -22,104 +35,98 @@ END = 2  # the id of the end token in drawn rows; it is the padding's too, as in
 Entry = dict[str, Any]
 
 
-def answer_labels(candidate: Callable[..., Any], hint: int = 1) -> Report:
-    """Exercise A1: ``candidate(prompt, answer, eos, length)``, the labels of prompt + answer + [eos] + padding."""
-    rule = "[-100] * len(prompt) + answer + [eos], and then -100 until there are length labels."
+def padding_share(candidate: Callable[..., Any], hint: int = 1) -> Report:
+    """Exercise A1: ``candidate(lengths, batch_size)``, the share of all positions of a pass that is padding."""
+    fix = "Cut lengths into batches, add up len(batch) * max(batch) over them, and return 1 - sum(lengths) / that sum."
+    question = "How many positions has each batch, how many of all of them hold a token?"
 
-    def slips(prompt: list[int], answer: list[int], eos: int, padding: int) -> dict[tuple[int, ...], str]:
-        """Wrong labels and what is wrong with them. All have the right length."""
-        none, fill = [IGNORED] * len(prompt), [IGNORED] * padding
-        right = [*none, *answer, eos, *fill]
-        known: list[tuple[list[int], str]] = [
-            ([*prompt, *answer, eos, *fill], "the prompt counts in the loss, too"),
-            ([*prompt, *answer, eos, *[eos] * padding], "prompt and padding count in the loss, too"),
-            ([*none, *answer, eos, *[eos] * padding], f"the padding counts: {padding} more ends are asked for"),
-            ([*none, *answer, IGNORED, *fill], "the end does not count, so the model never learns to stop"),
-            ([*prompt, *answer, IGNORED, *fill], "the prompt counts, and the end does not"),
-            ([*right[1:], IGNORED], "each label stands one place early, but the model does that shift itself"),
-            ([IGNORED, *right[:-1]], "each label stands one place late"),
-            ([*none[1:], prompt[-1], *right[len(prompt) :]], "the last token of the prompt counts, too"),
-            ([*none, IGNORED, *right[len(prompt) + 1 :]], "the first token of the answer does not count"),
-            ([0 if label == IGNORED else label for label in right], "0 is the id of a token, so it counts"),
-            ([-1 if label == IGNORED else label for label in right], "-1 is not the label that is left out"),
+    def cut(lengths: list[int], size: int) -> list[list[int]]:
+        return [lengths[start : start + size] for start in range(0, len(lengths), size)]
+
+    def share(lengths: list[int], size: int) -> float:
+        return 1 - sum(lengths) / sum(len(batch) * max(batch) for batch in cut(lengths, size))
+
+    def slips(lengths: list[int], size: int) -> list[tuple[float, str]]:
+        batches, right = cut(lengths, size), share(lengths, size)
+        positions, longest = sum(len(batch) * max(batch) for batch in batches), max(lengths)
+        whole = batches[:-1] if len(batches[-1]) < size else batches
+        kept = sum(map(sum, whole)), sum(len(batch) * max(batch) for batch in whole)
+        return [
+            (1 - right, "that is the share of the tokens, not of the padding"),
+            (100 * right, "that is a percentage; a share lies between 0 and 1"),
+            (positions - sum(lengths), "that is the number of padded positions, not their share"),
+            (positions / sum(lengths) - 1, "you divide by the tokens; the whole is all positions, padding included"),
+            (1 - sum(lengths) / (len(lengths) * longest), "you pad each batch to the longest row of all batches"),
             (
-                [IGNORED if id in prompt else id for id in right],
-                "tokens of the answer are left out that the prompt has",
+                sum(1 - sum(batch) / (len(batch) * max(batch)) for batch in batches) / len(batches),
+                "that is the mean of the batches' shares; batches with long rows have more positions",
             ),
-            ([IGNORED] * len(right), "no label is left to learn from"),
+            (
+                1 - sum(lengths) / sum(size * max(batch) for batch in batches),
+                "you count the last batch as if it were full",
+            ),
+            (1 - kept[0] / kept[1] if kept[1] else 0.0, "the last batch, which is not full, is left out"),
+            (share(sorted(lengths), size), "you sort the rows first; they come in the order that they are in"),
+            (1 - sum(lengths) / sum(len(batch) * batch[0] for batch in batches), "you pad to the first row of a batch"),
         ]
-        # the first that fits is told: without padding, some of them are the same
-        return {tuple(labels): words for labels, words in reversed(known) if labels != right}
 
-    def ask(prompt: list[int], answer: list[int], padding: int) -> list[int]:
-        length = len(prompt) + len(answer) + 1 + padding
-        given = list(prompt), list(answer)
-        labels = candidate(*given, END, length)
-        right = [IGNORED] * len(prompt) + answer + [END] + [IGNORED] * padding
-        setting = f"prompt={prompt}, answer={answer}, eos={END}, length={length}: "
-        if given != (prompt, answer):
+    def ask(lengths: list[int], size: int) -> None:
+        given = list(lengths)
+        got, right = candidate(given, size), share(lengths, size)
+        setting = f"lengths={lengths}, batch_size={size}: "
+        if given != lengths:
             raise Wrong(
-                setting + "your function changed a list that it was given",
-                "Does += make a new list, or lengthen the old one?",
-                "Join with +, or into a new list: " + rule,
+                setting + "your function changed the list",
+                "Does sort make a new list?",
+                "Leave lengths as it is. " + fix,
             )
-        if not isinstance(labels, list) or len(labels) != length:
-            seen = f"{len(labels)} labels" if isinstance(labels, list) else f"a {type(labels).__name__}"
-            raise Wrong(
-                setting + f"you give {seen}, expected a list of {length}",
-                "Does every token of the row have a label, also the end and each token of padding?",
-                "Return " + rule,
-            )
-        if labels != right:
-            note = slips(prompt, answer, END, padding).get(tuple(labels))
-            place = next(i for i, (ours, theirs) in enumerate(zip(right, labels, strict=True)) if ours != theirs)
-            raise Wrong(
-                setting + (note or f"label {place} is {labels[place]!r}, expected {right[place]}"),
-                "Which tokens should the model learn to write, after which it is done?",
-                "Return " + rule,
-            )
-        return labels
+        if not is_number(got):
+            raise Wrong(setting + f"you give a {type(got).__name__}, expected one number", question, fix)
+        if not (abs(got - right) < 1e-9):
+            note = known_slip(got, slips(lengths, size), close_number)
+            raise Wrong(with_note(f"{setting}you give {got:.4g}, expected {right:.4g}", note), question, fix)
 
-    def drawn() -> tuple[list[int], list[int]]:
-        ids = random.sample(range(3, 40), random.randint(7, 10))  # no token twice, so that each slip is told apart
-        cut = random.randint(3, 4)
-        return ids[:cut], ids[cut:]
+    def drawn(count: int) -> list[int]:
+        # The last row of all is a short one, so that no slip gives what is right.
+        return [*random.sample(range(20, 96), count - 1), random.randint(8, 15)]
 
-    def plain() -> None:
-        ask(*drawn(), 0)
+    def one() -> None:
+        lengths = drawn(random.randint(4, 6))
+        ask(lengths, len(lengths))
 
-    def padded() -> None:
-        ask(*drawn(), random.randint(2, 4))
+    def several() -> None:
+        size = random.randint(3, 5)
+        ask(drawn(random.randint(3, 4) * size), size)
 
-    def repeated() -> None:
-        prompt, answer = drawn()
-        ask([END, *prompt, END, prompt[0]], [prompt[0], *answer, prompt[1]], 2)
+    def rest() -> None:
+        size = random.randint(4, 6)
+        ask(drawn(3 * size + random.randint(2, size - 2)), size)
+
+    def none() -> None:
+        ask([random.randint(20, 90)] * 6, 3)
+        ask(drawn(5), 1)
 
     def oracle() -> None:
-        prompt, answer = drawn()
-        labels = ask(prompt, answer, 3)
-        model, ids = small_llama(vocab_size=40, num_hidden_layers=1), [*prompt, *answer, END]
-        row = collate([{"input_ids": ids, "labels": ids}], END)
-        padded_ids = torch.tensor([ids + [END] * 3])
-        with torch.no_grad():
-            loss = model(input_ids=padded_ids, labels=torch.tensor([labels])).loss.item()
-            logs = model(row["input_ids"]).logits[0].log_softmax(-1)
-        wanted = range(len(prompt), len(ids))
-        right = -sum(logs[place - 1, ids[place]].item() for place in wanted) / len(wanted)
-        if not close_number(loss, right, 1e-4):
+        rows = [{"input_ids": [1] * length, "labels": [1] * length} for length in drawn(21)]
+        masks = [collate(rows[start : start + 8], END)["attention_mask"] for start in range(0, len(rows), 8)]
+        padded, positions = sum(int((mask == 0).sum()) for mask in masks), sum(mask.numel() for mask in masks)
+        lengths = [len(row["input_ids"]) for row in rows]
+        got = candidate(list(lengths), 8)
+        if not is_number(got) or not (abs(got - padded / positions) < 1e-9):
             raise Wrong(
-                f"with your labels the model's loss is {loss:.4f}; answer and end alone give {right:.4f}",
-                "Which tokens does this mean go over?",
-                "Return " + rule,
+                f"21 rows in batches of 8: collate pads {padded} of {positions} positions, you give {got!r}",
+                question,
+                fix,
             )
 
-    steps = [
-        ("prompt, answer and end", plain),
-        ("with padding", padded),
-        ("tokens that stand in prompt and answer", repeated),
-        ("the loss of a real model is that of answer and end", oracle),
+    steps: list[Step] = [
+        ("one batch", one),
+        ("several batches, each padded to its own longest row", several),
+        ("a last batch that is not full", rest),
+        ("no padding at all", none),
+        ("what collate pads", oracle),
     ]
-    return run_steps("labels of a row", steps, hint)
+    return run_steps("the share of padding", steps, hint)
 
 
 def warmup_factor(candidate: Callable[[int, int], float], hint: int = 1) -> Report:
@@ -740,3 +747,131 @@ def at_equal_quality(candidate: Callable[..., Any], hint: int = 1) -> Report:
         ("recorded curves", recorded),
     ]
     return run_steps("forgetting at equal quality", steps, hint)
+
+
+def mask_labels(candidate: Callable[..., Any], hint: int = 1) -> Report:
+    """*Your turn*: ``candidate(input_ids, attention_mask, prompt_lengths)``, the labels of a padded batch."""
+    rule = (
+        "Clone input_ids; write -100 where attention_mask is 0, and in each row before the place prompt_lengths says."
+    )
+    question = "Which tokens should the model learn to write, after which it is done?"
+
+    def right_labels(ids: Tensor, mask: Tensor, prompts: list[int]) -> Tensor:
+        starts = torch.tensor(prompts)[:, None]
+        return torch.where((torch.arange(ids.shape[1]) >= starts) & (mask == 1), ids, IGNORED)
+
+    def slips(ids: Tensor, mask: Tensor, prompts: list[int]) -> list[tuple[Tensor, str]]:
+        """Wrong labels and what is wrong with them; the first that fits is told."""
+        places, starts, ends = torch.arange(ids.shape[1]), torch.tensor(prompts)[:, None], mask.sum(1, keepdim=True)
+        right = right_labels(ids, mask, prompts)
+        off = torch.full_like(ids[:, :1], IGNORED)
+        in_prompt = torch.stack([torch.isin(row, row[:n]) for row, n in zip(ids, prompts, strict=True)])
+        answers = (places >= starts) & (mask == 1)
+
+        def only(keep: Tensor) -> Tensor:
+            return torch.where(keep, ids, IGNORED)
+
+        return [
+            (ids, "prompts and padding count in the loss, too"),
+            (only(mask == 1), "the prompts count in the loss, too"),
+            (only(places >= starts), "the padding counts: the model is asked for one end after another"),
+            (
+                only(answers & (ids != END)),
+                "the answers' ends are left out with the padding, whose id they share: the model never learns to stop",
+            ),
+            (only((mask == 1) & (ids != END)), "the prompts count, and the answers' ends do not"),
+            (only(answers & (places != ends - 1)), "the ends do not count, so the model never learns to stop"),
+            (torch.cat([right[:, 1:], off], 1), "each label stands one place early; the model does that shift itself"),
+            (torch.cat([off, right[:, :-1]], 1), "each label stands one place late"),
+            (only((places >= starts - 1) & (mask == 1)), "the last token of each prompt counts, too"),
+            (only((places > starts) & (mask == 1)), "the first token of each answer does not count"),
+            (only((places >= prompts[0]) & (mask == 1)), "the first row's prompt length is used for all rows"),
+            (only((places >= max(prompts)) & (mask == 1)), "the longest prompt's length is used for all rows"),
+            (only((places >= min(prompts)) & (mask == 1)), "the shortest prompt's length is used for all rows"),
+            (only((places < starts) & (mask == 1)), "it is the wrong way round: the prompts count, the answers do not"),
+            (only(~answers), "it is the wrong way round: what should count is left out, and the rest counts"),
+            (right.masked_fill(~answers, 0), "0 is the id of a token, so it counts"),
+            (right.masked_fill(~answers, -1), "-1 is not the label that is left out"),
+            (only(answers & ~in_prompt), "tokens of an answer are left out because its prompt has them, too"),
+            (torch.full_like(ids, IGNORED), "no label is left to learn from"),
+        ]
+
+    def ask(ids: Tensor, mask: Tensor, prompts: list[int]) -> Tensor:
+        given = ids.clone(), mask.clone(), list(prompts)
+        labels, right = candidate(*given), right_labels(ids, mask, prompts)
+        setting = f"input_ids={ids.tolist()}, prompt_lengths={prompts}: "
+        if not (torch.equal(given[0], ids) and torch.equal(given[1], mask) and given[2] == prompts):
+            raise Wrong(
+                "your function changes the batch that it was given",
+                "Is labels = input_ids a new tensor, or a second name? What would the model then read?",
+                rule,
+            )
+        if not is_tensor(labels, ids.shape) or labels.dtype != ids.dtype:
+            seen = dtype_name(labels) + " labels" if is_tensor(labels, ids.shape) else f"a {shape_or_type(labels)}"
+            raise Wrong(
+                f"you give {seen}, expected one whole number (int64) for each token, {tuple(ids.shape)}",
+                "Does every token have a label, those that do not count included?",
+                rule,
+            )
+        if not torch.equal(labels, right):
+            row, place = (labels != right).nonzero()[0].tolist()
+            first = f"label {place} of row {row} is {labels[row, place].item()}, expected {right[row, place].item()}"
+            note = known_slip(labels, slips(ids, mask, prompts), torch.equal)
+            raise Wrong(setting + (note or first), question, rule)
+        return labels
+
+    def batch(totals: list[int], prompts: list[int], repeated: bool = False) -> tuple[Tensor, Tensor, list[int]]:
+        """Rows of these lengths, each ending with END and padded with END; no other id twice in a row."""
+        rows = [[*random.sample(range(3, 60), total - 1), END] for total in totals]
+        for row, n in zip(rows if repeated else [], prompts, strict=False):
+            row[0], row[n] = END, row[1]
+        padded = collate([{"input_ids": row, "labels": row} for row in rows], END)
+        return padded["input_ids"], padded["attention_mask"], prompts
+
+    def drawn() -> list[int]:
+        """Three prompt lengths, the first neither the shortest nor the longest."""
+        short = random.randint(2, 3)
+        return [short + 1, short, short + 2]
+
+    def alone() -> None:
+        ask(*batch([random.randint(7, 9)], [random.randint(2, 4)]))
+
+    def unpadded() -> None:
+        ask(*batch([random.randint(8, 10)] * 3, drawn()))
+
+    def padded() -> None:
+        longest = random.randint(11, 13)
+        ask(*batch([longest - 3, longest, longest - 2], drawn()))
+
+    def repeated() -> None:
+        longest = random.randint(11, 13)
+        ask(*batch([longest - 2, longest, longest - 4], drawn(), repeated=True))
+
+    def oracle() -> None:
+        ids, mask, prompts = batch([9, 12, 10], drawn())
+        labels, model = ask(ids, mask, prompts), small_llama(vocab_size=60, num_hidden_layers=1)
+        with torch.no_grad():
+            loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss.item()
+            rows = [row[:n] for row, n in zip(ids, mask.sum(1), strict=True)]
+            each = [model(input_ids=row[None]).logits[0].log_softmax(-1) for row in rows]
+        wanted = [
+            -logs[place - 1, row[place]].item()
+            for row, logs, n in zip(rows, each, prompts, strict=True)
+            for place in range(n, len(row))
+        ]
+        if not close_number(loss, sum(wanted) / len(wanted), 1e-4):
+            raise Wrong(
+                f"with your labels the model's loss is {loss:.4f}; answers and ends alone give "
+                f"{sum(wanted) / len(wanted):.4f}",
+                "Which tokens does this mean go over?",
+                rule,
+            )
+
+    steps: list[Step] = [
+        ("one row: prompt, answer and end", alone),
+        ("several rows, each with its own prompt", unpadded),
+        ("padding, which has the end's id", padded),
+        ("tokens that stand in prompt and answer", repeated),
+        ("the loss of a real model is that of answers and ends", oracle),
+    ]
+    return run_steps("labels of a batch", steps, hint)

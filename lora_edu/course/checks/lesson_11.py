@@ -1,4 +1,4 @@
-"""The checks of lesson 11: labels (A1), a block's layers (A2), a merging layer (B1), triage (B2), a split (C1)."""
+"""The checks of lesson 11: error traces (A1), a profile (A2), triage of a broken model (B1), a split (C1)."""
 
 import copy
 import random
@@ -14,240 +14,131 @@ from torch import Tensor, nn
 from lora_edu.core.config import LoraConfig
 from lora_edu.core.inject import inject
 from lora_edu.course.checks.report import Report, Step, Wrong, run_steps
-from lora_edu.course.checks.tools import (
-    changed,
-    close,
-    factor_between,
-    is_tensor,
-    normal,
-    shape_or_type,
-    trainable,
-    values_of,
-)
+from lora_edu.course.checks.tools import changed, need_number, trainable, values_of
 from lora_edu.lab.datasets import IGNORED
 
 VERDICTS = ("no label counts", "nothing trains", "the base trains", "no gradient", "not finite", "healthy")
 
 
-def labels_without_padding(candidate: Callable[[Tensor, Tensor], Tensor], hint: int = 1) -> Report:
-    """Exercise A1: ``candidate(input_ids, attention_mask)`` gives labels in which only the padding is left out."""
-
-    def batch() -> tuple[Tensor, Tensor]:
-        rows, longest = random.randint(3, 5), random.randint(9, 12)
-        lengths = [random.randint(4, longest - 2) for _ in range(rows)]
-        lengths[random.randrange(rows)] = longest
-        ids = torch.randint(3, 50, (rows, longest))
-        mask = torch.zeros_like(ids)
-        for row, length in enumerate(lengths):
-            ids[row, length - 1 :] = 2  # the end of the text, and the padding behind it: one and the same id
-            mask[row, :length] = 1
-        return ids, mask
-
-    def labels_of(ids: Tensor, mask: Tensor) -> Tensor:
-        labels = candidate(ids.clone(), mask.clone())
-        if not is_tensor(labels, ids.shape):
-            raise Wrong(
-                f"for input_ids of shape {tuple(ids.shape)} your labels are {shape_or_type(labels)}",
-                "The model shifts labels by itself. Which shape does it expect?",
-                "Return one label for each token.",
-            )
-        return labels
-
-    def padding_left_out() -> None:
-        ids, mask = batch()
-        labels = labels_of(ids, mask)
-        counted = int((labels[mask == 0] != IGNORED).sum())
-        if counted:
-            raise Wrong(
-                f"{counted} of {int((mask == 0).sum())} padding positions still count in the loss",
-                "Which label does cross-entropy leave out?",
-                "-100 wherever attention_mask is 0.",
-            )
-
-    def end_counts() -> None:
-        ids, mask = batch()
-        labels = labels_of(ids, mask)
-        last = mask.sum(1) - 1
-        lost = int((labels[torch.arange(len(ids)), last] == IGNORED).sum())
-        if lost:
-            raise Wrong(
-                f"in {lost} of {len(ids)} rows the token that ends the text is left out: the model will never stop",
-                "Padding and end have the same id here. What else tells them apart?",
-                "Decide by attention_mask, not by the id.",
-            )
-
-    def text_counts() -> None:
-        ids, mask = batch()
-        labels = labels_of(ids, mask)
-        wrong = (labels != ids) & (mask == 1)
-        if wrong.any():
-            left_out = int((labels[wrong] == IGNORED).sum())
-            raise Wrong(
-                f"{int(wrong.sum())} text tokens have another label than themselves ({left_out} are left out)",
-                "What is the right label of a token of the text? The model does the shifting.",
-                "labels = input_ids.clone(), and only then -100 at the padding.",
-            )
-
-    def inputs_untouched() -> None:
-        ids, mask = batch()
-        before = ids.clone()
-        candidate(ids, mask)
-        if not torch.equal(before, ids):
-            raise Wrong(
-                "your function changes input_ids: the model would be fed -100 as a token",
-                "Is your labels tensor a copy?",
-                "input_ids.clone(), or torch.where, which makes a new tensor.",
-            )
-
-    steps: list[Step] = [
-        ("the padding is left out", padding_left_out),
-        ("the token that ends the text counts", end_counts),
-        ("every text token is its own label", text_counts),
-        ("input_ids is as it was", inputs_untouched),
-    ]
-    return run_steps("labels without padding", steps, hint)
+def answer_to(answers: Any, key: str) -> Any:
+    """The learner's answer to one question of a reading."""
+    if not isinstance(answers, dict):
+        raise Wrong(
+            f"you return {answers!r:.60}", "What holds one answer a question?", "Return the filled-in dictionary."
+        )
+    if key not in answers:
+        raise Wrong(f"{key!r} has no answer", "Which keys has the dictionary of the exercise?", f'"{key}": your answer')
+    return answers[key]
 
 
-def linear_layers_of_block(candidate: Callable[[nn.Module, int], list[str]], hint: int = 1) -> Report:
-    """Exercise A2: ``candidate(model, index)`` names the linear layers of one block, and of no other."""
+def need_choice(answers: Any, key: str, right: str, others: dict[str, str], question: str, fix: str) -> None:
+    """The right one of several phrases, in capitals or not; ``others`` says of each wrong one why it is wrong."""
+    answer = answer_to(answers, key)
+    said = " ".join(answer.lower().split()) if isinstance(answer, str) else str(answer)
+    if said in others:
+        raise Wrong(others[said], question, fix)
+    if said != right:
+        choice = ", ".join(map(repr, sorted([right, *others])))
+        raise Wrong(f"{key!r}: {answer!r} is none of {choice}", "Is it spelled as in the list?", f"One of {choice}.")
 
-    def compare(model: nn.Module, index: int, container: str) -> None:
-        modules = dict(model.named_modules())
-        answer = candidate(model, index)
-        if not isinstance(answer, list | tuple | set):
-            raise Wrong(f"you return {answer!r:.60}", "What comes back?", "Return a list of names.")
-        names = sorted(map(str, answer))
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise Wrong(f"you return {twice[0]!r} twice", "How often does named_modules() give it?", "Each name once.")
-        if unknown := [name for name in names if name not in modules]:
-            raise Wrong(
-                f"{unknown[0]!r} is no module of the model", "Where do names come from?", "model.named_modules()"
-            )
-        if other := [name for name in names if not isinstance(modules[name], nn.Linear)]:
-            raise Wrong(
-                f"{other[0]!r} is a {type(modules[other[0]]).__name__}: LoRA needs a weight matrix",
-                "Which class do the layers have that you want?",
-                "Ask for isinstance(module, nn.Linear) as well.",
-            )
-        wanted = [n for n, m in modules.items() if isinstance(m, nn.Linear) and n.startswith(f"{container}.{index}.")]
-        if foreign := [name for name in names if name not in wanted]:
-            raise Wrong(
-                f"asked for block {index}, you also return {foreign[0]!r} ({len(foreign)} layers too many)",
-                "Of which longer names is yours a part?",
-                'Compare whole segments: "layers" and the number in name.split("."), one after the other.',
-            )
-        if missing := [name for name in wanted if name not in names]:
-            raise Wrong(
-                f"block {index} has {len(wanted)} linear layers; {missing[0]!r} is not among yours",
-                "How deep may a layer lie inside its block?",
-                "Everything whose name continues after the block's own name belongs to it.",
-            )
 
-    def block() -> nn.Module:
-        inner = nn.ModuleDict({"q_proj": nn.Linear(4, 6), "norm": nn.LayerNorm(6)})
-        return nn.ModuleDict({"attention": inner, "up_proj": nn.Linear(6, 4), "post_attention_norm": nn.LayerNorm(4)})
+def need_near(answers: Any, key: str, right: float, tolerance: float, slips: dict[float, str], fix: str) -> None:
+    """A number near the right one; ``slips`` are known wrong ones, each with what it is instead."""
+    question = f"What does {key!r} ask for, and which line of the profile has it?"
+    answer = need_number(answer_to(answers, key), question, fix)
+    if abs(answer - right) > tolerance:
+        known = [what for slip, what in slips.items() if abs(answer - slip) <= 0.006 * abs(slip)]
+        raise Wrong(f"{key!r}: {answer:g} is {known[0] if known else 'not what the profile says'}", question, fix)
 
-    def tower(count: int) -> nn.ModuleList:
-        return nn.ModuleList([block() for _ in range(count)])
 
-    def few() -> None:
-        model = nn.ModuleDict({"embed": nn.Embedding(5, 4), "layers": tower(random.randint(3, 9))})
-        compare(model, random.randrange(1, 3), "layers")
+def error_traces(candidate: Callable[[], dict[str, str]], hint: int = 1) -> Report:
+    """Exercise A1: ``candidate()`` says what two error traces are about, and what helps."""
 
-    def many() -> None:
-        model = nn.ModuleDict({"model": nn.ModuleDict({"layers": tower(random.randint(12, 25))})})
-        compare(model, 1, "model.layers")
+    def what_did_not_fit() -> None:
+        others = {
+            "weights": "the weights are 8.04 billion numbers of 2 bytes, 15.0 GiB; 46.97 were asked for",
+            "adapter": "the adapter has 6.8 million numbers, 0.03 GiB in float32; 46.97 were asked for",
+            "optimizer states": "the trace ends in cross_entropy; the optimizer has not made a step yet",
+        }
+        question = "Which tensor has 48 · 2,048 · 128,256 numbers of 4 bytes?"
+        fix = 'One number for each token and word, 46.97 GiB: "logits".'
+        need_choice(candidate(), "tensor", "logits", others, question, fix)
 
-    def other_numbers() -> None:
-        experts = nn.ModuleDict({"layers": tower(4), "experts": tower(5)})
-        compare(nn.ModuleDict({"model": experts, "head": nn.Linear(4, 3)}), random.randrange(1, 4), "model.layers")
+    def what_helps() -> None:
+        others = {
+            "a smaller rank": "a smaller rank saves a part of the adapter's 0.03 GiB; 46.97 are asked for",
+            "a lower learning rate": "no tensor becomes smaller with the learning rate",
+            "expandable segments": "6.13 GiB are reserved and not used; with the 21.27 that are free, 46.97 do not fit",
+        }
+        question = "On which numbers of the script does the size of that tensor depend?"
+        fix = 'It grows with the rows: "fewer rows at a time", and more steps of accumulation.'
+        need_choice(candidate(), "what helps", "fewer rows at a time", others, question, fix)
+
+    def what_differs() -> None:
+        others = {
+            "the rank": "the rank is 8 in the file, and 8 in the model",
+            "the scale": "alpha / r stands in the config, and is no tensor's shape",
+            "the names": "a name that fits nothing would be a missing key; this one is on both sides",
+        }
+        question = "lora_A has the shape (r, in). Which of the two numbers differs?"
+        fix = 'r is 8 on both sides; in is 576 in the file and 192 in the model: "the width".'
+        need_choice(candidate(), "what differs", "the width", others, question, fix)
+
+    def what_repairs() -> None:
+        others = {
+            "another rank in the config": "the rank is 8 on both sides already",
+            "other target modules": "q_proj and v_proj are found on both sides, so the targets agree",
+            "ignoring the mismatch": "then these layers keep their start, B = 0, and the adapter does nothing",
+        }
+        question = "Is the file at fault, or the model into which it is loaded?"
+        fix = 'An adapter belongs to one base: "the base it was trained on".'
+        need_choice(candidate(), "what repairs", "the base it was trained on", others, question, fix)
 
     steps: list[Step] = [
-        ("a model with fewer than ten blocks", few),
-        ("a model with more than ten blocks", many),
-        ("a model with other numbered parts", other_numbers),
+        ("trace 1: what did not fit", what_did_not_fit),
+        ("trace 1: what helps", what_helps),
+        ("trace 2: what differs", what_differs),
+        ("trace 2: what repairs it", what_repairs),
     ]
-    return run_steps("linear layers of one block", steps, hint)
+    return run_steps("two error traces", steps, hint)
 
 
-def merging_layer(candidate: Callable[[nn.Linear, Tensor, Tensor, float], Any], hint: int = 1) -> Report:
-    """Exercise B1: ``candidate(linear, lora_A, lora_B, scaling)``, which merges without counting twice."""
+def profile_of_a_step(candidate: Callable[[], dict[str, Any]], hint: int = 1) -> Report:
+    """Exercise A2: ``candidate()`` says where the time of a profiled training step goes, and what helps."""
 
-    def build() -> tuple[Any, nn.Linear, Tensor, Tensor]:
-        """The learner's layer, a copy of the linear one, an input, and the update."""
-        outputs, inputs, r, scaling = random.randint(5, 8), random.randint(9, 12), random.randint(2, 4), 1.5
-        linear = nn.Linear(inputs, outputs).double()
-        a, b = normal(r, inputs), normal(outputs, r)
-        layer = candidate(copy.deepcopy(linear), a.clone(), b.clone(), scaling)
-        return layer, linear, normal(3, 2, inputs), scaling * b @ a
+    def optimizer() -> None:
+        slips = {0.5: "a percentage", 15: "a time in milliseconds", 0.531: "backward's share", 0.465: "forward's share"}
+        fix = "15 of 3,347 milliseconds, as a number from 0 to 1."
+        need_near(candidate(), "share of the optimizer", 15 / 3347, 0.0006, slips, fix)
 
-    def expect(layer: Any, linear: nn.Linear, x: Tensor, update: Tensor, when: str) -> None:
-        with torch.no_grad():
-            got = layer(x) - linear(x)
-            right = x @ update.T
-        times = factor_between(got, right)
-        shown = f"{round(times, 1) + 0.0:.1f}"  # adding zero turns "-0.0" into "0.0"
-        if not close(got, right):
-            exact = close(got, times * right)
-            raise Wrong(
-                f"{when} the layer adds {shown} × the update" if exact else f"{when} the output is no base + update",
-                "Which places add the update? At which of them is it added already?",
-                "Keep a flag self.merged: forward adds s·BAx only without it, merge adds s·BA only without it.",
-            )
+    def computed() -> None:
+        slips = {512.0: "the tokens of one text", 427.0: "the tokens of the texts alone", 192.0: "the model's width"}
+        slips |= {8.0: "the number of texts", 64.0: "the length of the longest text"}
+        fix = "The first matrix of a product has a row for each token: 4,096."
+        need_near(candidate(), "tokens computed", 4096, 0, slips, fix)
 
-    def before() -> None:
-        expect(*build(), "before any merge")
+    def wasted() -> None:
+        slips = {427 / 4096: "the share that is text", 89.6: "a percentage", 3669: "a number of tokens"}
+        fix = "1 - 427 / 4096, a number from 0 to 1."
+        need_near(candidate(), "share of padding", 1 - 427 / 4096, 0.006, slips, fix)
 
-    def once() -> None:
-        layer, linear, x, update = build()
-        layer.merge()
-        expect(layer, linear, x, update, "after one merge")
-
-    def in_weight() -> None:
-        layer, linear, _, update = build()
-        before = {name: getattr(layer, name).detach().clone() for name in ("lora_A", "lora_B")}
-        layer.merge()
-        if not close(layer.linear.weight.detach(), linear.weight + update):
-            raise Wrong(
-                "after merge, linear.weight is not W + s·BA: somebody who saves the weight saves something else",
-                "What should a merged weight be worth without the adapter?",
-                "self.linear.weight.data += self.scaling * self.lora_B @ self.lora_A",
-            )
-        if lost := [name for name, value in before.items() if not torch.equal(getattr(layer, name), value)]:
-            raise Wrong(
-                f"after merge, {lost[0]} is no longer what it was",
-                "From what would the update be taken out of the weight again, or saved by itself?",
-                "merge writes into linear.weight and remembers in self.merged that it did; nothing else changes.",
-            )
-
-    def twice() -> None:
-        layer, linear, x, update = build()
-        layer.merge()
-        layer.merge()
-        expect(layer, linear, x, update, "after two merges")
-
-    def back() -> None:
-        layer, linear, x, update = build()
-        layer.unmerge()
-        expect(layer, linear, x, update, "after unmerge without a merge")
-        layer.merge()
-        layer.unmerge()
-        expect(layer, linear, x, update, "after merge and unmerge")
-        if not close(layer.linear.weight.detach(), linear.weight):
-            raise Wrong(
-                "after unmerge the pretrained weight is not back",
-                "What does merge add? Does your unmerge take away the same, and only when it is there?",
-                "The mirror image of merge, and self.merged = False.",
-            )
+    def what_helps() -> None:
+        others = {
+            "a smaller rank": "none of the largest entries has r = 8 as the side of a matrix",
+            "another optimizer": "the optimizer takes 0.5 % of the step; the rest would remain",
+            "gradient checkpointing": "checkpointing saves memory, and computes the forward pass twice",
+        }
+        question = "Which number in the shapes is larger than the texts ask for?"
+        fix = '"pad to the longest text": 8 · 64 = 512 tokens instead of 4,096.'
+        need_choice(candidate(), "what helps", "pad to the longest text", others, question, fix)
 
     steps: list[Step] = [
-        ("unmerged, the update counts once", before),
-        ("merged, it counts once", once),
-        ("the merged weight is W + s·BA", in_weight),
-        ("merging again changes nothing", twice),
-        ("unmerge brings the weight back", back),
+        ("the optimizer's share", optimizer),
+        ("the tokens that are computed", computed),
+        ("the share of padding", wasted),
+        ("what helps", what_helps),
     ]
-    return run_steps("merging layer", steps, hint)
+    return run_steps("profile of a step", steps, hint)
 
 
 LOOK = {
@@ -309,7 +200,7 @@ def broken(fault: str, blocks: int | None = None, in_gradient: bool = False) -> 
 
 
 def triage(candidate: Callable[[nn.Module, dict[str, Tensor]], str], hint: int = 1) -> Report:
-    """Exercise B2: ``candidate(model, batch)`` looks at one forward and backward pass and names the fault."""
+    """Exercise B1: ``candidate(model, batch)`` looks at one forward and backward pass and names the fault."""
 
     def says(fault: str, **options: Any) -> None:
         model, batch = broken(fault, **options)

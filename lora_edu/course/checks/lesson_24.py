@@ -1,4 +1,4 @@
-"""The checks of lesson 24: a bound (A1), intensity (A2), a backward pass (B1), bytes sent (B2), a ratio (C1)."""
+"""The checks of lesson 24: a profile (A1), a backward pass (B1), a ratio (C1), and a loss in pieces (your turn)."""
 
 import random
 from collections.abc import Callable, Mapping
@@ -19,12 +19,14 @@ from lora_edu.course.checks.tools import (
     is_tensor,
     is_transposed,
     known_slip,
+    need_several,
     normal,
     off_by,
     scale_slips,
     shape_or_type,
 )
 
+Row = tuple[str, int, float, float]  # (name, calls, self_ms, total_ms)
 Work = list[tuple[float, float]]  # (operations, bytes) of one operation after another
 CEILING, BANDWIDTH = 60e9, 12e9
 Backward = Callable[..., tuple[Tensor | None, Tensor, Tensor]]
@@ -40,70 +42,140 @@ def require(got: float, right: float, slips: Mapping[float, str], case: str, que
         raise Wrong(f"{case} you get {got:,.6g} instead of {right:,.6g}: {note}", question, fix)
 
 
-def bound_seconds(candidate: Callable[[float, float, float, float], float], hint: int = 1) -> Report:
-    """Exercise A1: ``candidate(operations, size, ceiling, bandwidth)`` is the least time of one operation."""
+def time_left(candidate: Callable[[list[Row], list[str]], float], hint: int = 1) -> Report:
+    """Exercise A1: ``candidate(rows, removed)`` is the share of a step that stays if some rows took no time."""
 
-    def compare(by_bytes: bool) -> None:
-        ceiling, bandwidth = random.uniform(50e9, 90e9), random.uniform(5e9, 20e9)
-        operations = random.uniform(1e8, 9e8)
-        size = operations / ceiling * bandwidth * (random.uniform(2, 5) if by_bytes else random.uniform(0.2, 0.5))
-        arithmetic, traffic = operations / ceiling, size / bandwidth
+    def compare(removed: list[str], case: str) -> None:
+        own = {name: random.uniform(2, 9) for name in ("mm", "mul", "add", "bernoulli_", "copy_")}
+        rows = [(name, random.randint(2, 40), self_ms, self_ms) for name, self_ms in own.items()]
+        # As in the table of PyTorch's profiler: a row's total holds the rows that it called, its own time does not.
+        for name, called in (("linear", "mm"), ("dropout", "mul")):
+            self_ms = random.uniform(0.2, 0.9)
+            rows.append((name, random.randint(2, 40), self_ms, self_ms + own[called]))
+        random.shuffle(rows)
+        whole, gone = sum(row[2] for row in rows), sum(row[2] for row in rows if row[0] in removed)
+        totals, gone_totals = sum(row[3] for row in rows), sum(row[3] for row in rows if row[0] in removed)
+        calls, gone_calls = sum(row[1] for row in rows), sum(row[1] for row in rows if row[0] in removed)
+        right = 1 - gone / whole
         slips = {
-            arithmetic + traffic: "this is the sum of the two times; arithmetic and traffic can overlap",
-            arithmetic: "this is the shorter of the two times, that of the arithmetic; the bytes take longer",
-            traffic: "this is the shorter of the two times, that of the bytes; the arithmetic takes longer",
-            max(operations / bandwidth, size / ceiling): "operations belong to the ceiling, bytes to the bandwidth",
-            min(ceiling / operations, bandwidth / size): "this is how often it could run in a second, not how long",
+            1 - gone_totals / totals: "the column total counts what a row calls a second time, in the called row",
+            1 - gone_totals / whole: "of the removed rows you take the total, which holds what they call",
+            1 - gone_calls / calls: "you count calls, and they do not all take equally long",
+            gone / whole: "this is the share that goes",
+            whole - gone: "these are milliseconds, not a share",
+            whole / (whole - gone): "this is how many times as fast the step gets",
         }
         require(
-            candidate(operations, size, ceiling, bandwidth),
-            max(arithmetic, traffic),
-            slips,
-            f"with {operations:.2e} operations, {size:.2e} bytes, a ceiling of {ceiling:.2e} and a bandwidth of "
-            f"{bandwidth:.2e} a second",
-            "How long would the arithmetic take if bytes were free, and the bytes if arithmetic were?",
-            "Return max(operations / ceiling, size / bandwidth).",
-        )
-
-    steps = [
-        ("an operation that the arithmetic bounds", lambda: compare(False)),
-        ("an operation that the bytes bound", lambda: compare(True)),
-    ]
-    return run_steps("the roofline's bound", steps, hint)
-
-
-def intensity(candidate: Callable[[int, int, int, int], float], hint: int = 1) -> Report:
-    """Exercise A2: ``candidate(tokens, inputs, outputs, width)`` is the operations per byte of x Wᵀ."""
-
-    def compare(width: int, thin: bool) -> None:
-        tokens, inputs = random.randint(200, 900), random.randint(100, 400)
-        outputs = random.randint(2, 16) if thin else inputs + random.randint(50, 200)
-        pairs, x, w, y = tokens * inputs * outputs, tokens * inputs, inputs * outputs, tokens * outputs
-        right = 2 * pairs / (width * (x + w + y))
-        slips = {
-            right / 2: "a multiplication and an addition are two operations",
-            right * width / 4: "a number does not always have 4 bytes: use width",
-            right * width: "you count numbers, and each has width bytes",
-            2 * pairs / (width * (x + w)): "the result is written, too",
-            2 * pairs / (width * (x + y)): "the weight is read, too",
-            2 * pairs / (width * (w + y)): "the input is read, too",
-            2 * pairs / (width * (x + w + 2 * y)): "the result is written once; nothing reads it here",
-            1 / right: "these are bytes per operation",
-        }
-        require(
-            candidate(tokens, inputs, outputs, width),
+            candidate(list(rows), list(removed)),
             right,
             slips,
-            f"for {tokens} tokens, {inputs} → {outputs}, {width} bytes a number",
-            "Which three matrices pass between memory and arithmetic, and how many numbers has each?",
-            "Divide 2 * tokens * inputs * outputs by width * (tokens * inputs + inputs * outputs + tokens * outputs).",
+            case,
+            "Which of the two columns of times adds up to the whole step?",
+            "Divide the sum of self_ms over the rows that stay by the sum of self_ms over all rows.",
         )
 
     steps = [
-        ("a wide product in float32", lambda: compare(4, False)),
-        ("a thin product in float64", lambda: compare(8, True)),
+        ("one operation less", lambda: compare(["bernoulli_"], "without bernoulli_")),
+        ("a row that calls others", lambda: compare(["dropout", "bernoulli_"], "without dropout and bernoulli_")),
+        ("nothing is removed", lambda: compare([], "without taking anything away")),
     ]
-    return run_steps("operations per byte", steps, hint)
+    return run_steps("what a profile allows at most", steps, hint)
+
+
+def loss_by_pieces(candidate: Callable[..., tuple[Tensor, Tensor]], hint: int = 1) -> Report:
+    """Your turn: ``candidate(hidden, weight, labels, rows)`` is the mean loss and its gradient, piece by piece."""
+
+    def inputs() -> tuple[Tensor, Tensor, Tensor, int]:
+        rows, vocabulary, width = random.randint(3, 4), random.randint(23, 31), random.randint(5, 8)
+        tokens = 3 * rows + random.randint(1, rows - 1)  # the last piece is shorter
+        labels = torch.randint(vocabulary, (tokens,))
+        labels[: rows - 1] = -100  # one piece has fewer labels that count
+        return normal(tokens, width), normal(vocabulary, width), labels, rows
+
+    def oracle(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        leaf = hidden.clone().requires_grad_()
+        with torch.enable_grad():
+            loss = torch.nn.functional.cross_entropy(leaf @ weight.T, labels)
+        return loss.detach(), torch.autograd.grad(loss, leaf)[0]
+
+    def called(hidden: Tensor, weight: Tensor, labels: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+        got = candidate(hidden, weight, labels, rows)
+        need_several(
+            got, 2, "the loss and the gradient of hidden", "Which two things does the cell's docstring name?", fix
+        )
+        return got[0], got[1]
+
+    fix = "Sum F.cross_entropy(..., reduction='sum') / number over the pieces, with number = (labels != -100).sum()."
+
+    def value() -> None:
+        hidden, weight, labels, rows = inputs()
+        loss, _ = oracle(hidden, weight, labels)
+        counted = int((labels != -100).sum())
+        each = torch.nn.functional.cross_entropy(hidden @ weight.T, labels, reduction="none")
+        means = [
+            part.sum() / (own != -100).sum() for part, own in zip(each.split(rows), labels.split(rows), strict=True)
+        ]
+        whole = len(labels) // rows * rows
+        slips = {
+            float(
+                sum(means) / len(means)
+            ): "a mean of the pieces' means weighs a piece with few labels like a full one",
+            float(sum(means)): "the pieces' means are added up",
+            float(loss) * counted: "this is the sum over the labels, not the mean",
+            float(loss) * counted / len(labels): "you divide by all tokens, and labels of -100 do not count",
+            float(each[:whole].sum() / counted): "the last piece, which is shorter, is missing",
+        }
+        got, _ = called(hidden.clone(), weight.clone(), labels.clone(), rows)
+        if not (is_number(got) or is_tensor(got, ())):
+            raise Wrong(f"the loss is {shape_or_type(got)}: expected one number", "Over what is the mean taken?", fix)
+        case = f"for {len(labels)} tokens of which {counted} count, {rows} at a time,"
+        require(float(got), float(loss), slips, case, "By which number, for all pieces alike, is the sum divided?", fix)
+
+    def gradient() -> None:
+        hidden, weight, labels, rows = inputs()
+        _, right = oracle(hidden, weight, labels)
+        counted = int((labels != -100).sum())
+        _, got = called(hidden.clone(), weight.clone(), labels.clone(), rows)
+        question = "Of which number is it the gradient: of the sum, of a piece's mean, or of the mean over all?"
+        if not is_tensor(got, right.shape):
+            symptom = f"the gradient is {shape_or_type(got)}, and hidden is {tuple(right.shape)}"
+            raise Wrong(symptom, "Of what is it the gradient?", fix)
+        if not close(got, right):
+            slips = [
+                (counted * right, "it is that of the sum; divide by the number of labels that count"),
+                (right * counted / len(labels), "it is divided by all tokens, and labels of -100 do not count"),
+                (-right, "it has the other sign"),
+            ]
+            note = known_slip(got, slips, close, "it is none of the usual slips")
+            raise Wrong(f"the gradient is off by {off_by(got, right):.0%} of its size: {note}", question, fix)
+
+    def pieces() -> None:
+        hidden, weight, labels, rows = inputs()
+        with Operations() as seen:
+            called(hidden, weight, labels, rows)
+        most = max((t.numel() for _, _, t in seen.seen if isinstance(t, Tensor) and len(weight) in t.shape), default=0)
+        if most > max(rows * len(weight), weight.numel()):
+            raise Wrong(
+                f"you hold {most:,} numbers at once; the logits of {rows} tokens are {rows * len(weight):,}",
+                "How many rows of hidden go into your product with the weight?",
+                "Take hidden[start : start + rows] for start in range(0, len(hidden), rows).",
+            )
+
+    def unchanged() -> None:
+        given = inputs()
+        before = [tensor.clone() for tensor in given[:3]]
+        called(*given)
+        for name, old, new in zip(("hidden", "weight", "labels"), before, given[:3], strict=True):
+            if not torch.equal(old, new):
+                raise Wrong(f"your function writes into {name}, which it was given", "Which tensor is yours?", fix)
+
+    steps = [
+        ("the loss is that of all logits at once", value),
+        ("so is its gradient", gradient),
+        ("no more logits than those of one piece", pieces),
+        ("what was given is left as it was", unchanged),
+    ]
+    return run_steps("loss in pieces", steps, hint)
 
 
 @dataclass
@@ -283,75 +355,6 @@ def fused_backward(candidate: Backward, hint: int = 1) -> Report:
         ("no product and no large tensor too many", moved),
     ]
     return run_steps("fused backward pass", steps, hint)
-
-
-def bytes_sent(candidate: Callable[..., float], hint: int = 1) -> Report:
-    """Exercise B2: ``candidate(frozen, trained, processes, width=2, sharded=False)``, each process's bytes a step."""
-    rule = (
-        "With part = width * (processes - 1) / processes: DDP sends 2 * part * trained, "
-        "FSDP 2 * part * (frozen + trained) + part * trained."
-    )
-
-    def compare(frozen: int, trained: int, processes: int, width: int, sharded: bool) -> None:
-        part = width * (processes - 1) / processes
-        ddp = 2 * part * trained
-        fsdp = 2 * part * (frozen + trained) + part * trained
-        right = fsdp if sharded else ddp
-        slips = {
-            right * processes: "this is what all processes send together, not each",
-            right / width: "you count numbers, and each has width bytes",
-            right * processes / max(1, processes - 1): "its own part a process need not send: (P − 1)/P of it travels",
-        }
-        if sharded:
-            slips |= {
-                fsdp - part * (frozen + trained): "you gather once; the backward pass gathers again",
-                fsdp - 2 * part * trained: "the adapters are sharded and gathered, too",
-                2 * part * (frozen + trained): "the gradients of what trains are missing",
-                fsdp + part * trained: "after the sum each process keeps its own part: nothing is spread",
-                3 * part * (frozen + trained): "frozen weights have no gradients to sum",
-                ddp: "with sharded=True the weights travel, too",
-            }
-        else:
-            slips |= {
-                2 * part * (frozen + trained): "frozen weights have no gradients to average",
-                part * trained: "an average is a sum and then a spreading: it travels twice",
-                fsdp: "without shards no weight travels",
-            }
-        require(
-            candidate(frozen, trained, processes, width, sharded),
-            right,
-            slips,
-            f"with frozen={frozen:,}, trained={trained:,}, processes={processes}, width={width}, sharded={sharded}",
-            "What does each process lack, before the forward pass, before the backward pass, before the update?",
-            rule,
-        )
-
-    def drawn(sharded: bool) -> None:
-        sizes = random.randint(50_000, 90_000), random.randint(1000, 9000)
-        compare(*sizes, random.randint(3, 9), random.choice([4, 8]), sharded)
-
-    def alone() -> None:
-        for sharded in (False, True):
-            compare(random.randint(50_000, 90_000), random.randint(1000, 9000), 1, 4, sharded)
-
-    def defaults() -> None:
-        got, part = candidate(6_738_415_616, 39_976_960, 8), 2 * 7 / 8
-        require(
-            got,
-            2 * part * 39_976_960,
-            {},
-            "for LLaMA-7B, r = 16 on all linear layers, 8 processes, width and sharded left out",
-            "Which width and which way does the task name as defaults?",
-            "Give the function's last two arguments the defaults width=2, sharded=False.",
-        )
-
-    steps = [
-        ("DDP sends the gradients of what trains", lambda: drawn(False)),
-        ("FSDP gathers the weights twice", lambda: drawn(True)),
-        ("one process sends nothing", alone),
-        ("LLaMA-7B on 8 GPUs", defaults),
-    ]
-    return run_steps("bytes between GPUs", steps, hint)
 
 
 def expected_ratio(candidate: Callable[[Work, Work, float, float], float], hint: int = 1) -> Report:

@@ -148,10 +148,10 @@ def over_budget(notebook: NotebookNode, number: str) -> Iterator[str]:
             yield f"{count:,} {what}: expected at most {most:,}"
 
 
-def problems_of_solution(notebook: NotebookNode) -> Iterator[str]:
-    """The rules of the exercises: all three tiers, something to write, and a check for it."""
+def problems_of_solution(notebook: NotebookNode, number: str) -> Iterator[str]:
+    """The rules of the exercises: all three tiers (electives: B and C), something to write, and a check for it."""
     markdown = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
-    for tier in "ABC":
+    for tier in "BC" if number in ELECTIVES else "ABC":
         if not re.search(rf"^### {tier}\d", markdown, re.M):
             yield f"no exercise of tier {tier} (a heading like '### {tier}1 …')"
     for tag in ("solution", "check"):

@@ -33,6 +33,7 @@ DEFAULTS: dict[str, Any] = {
     "dtype": "float32",  # of the base, also of every weight that full fine-tuning trains
     "autocast_adapter_dtype": True,  # A and B in float32 on a base in half precision
     "learning_rate": 1e-3,
+    "schedule": "constant",  # or "linear": the rate falls to nearly zero
     "steps": 60,
     "batch_size": 8,
     "rows": None,  # how many entries of the training split; None: all
@@ -71,7 +72,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     curves = {"validation": splits["validation"]} if settings["eval_every"] else {}
     if settings["forgetting"]:
         curves |= {name: splits[name] for name in ("plain", "punctuated")}
-    names = ("steps", "learning_rate", "batch_size", "seed")
+    names = ("steps", "learning_rate", "schedule", "batch_size", "seed")
     history = train(
         model,
         splits["train"][: settings["rows"]],

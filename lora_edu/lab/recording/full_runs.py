@@ -259,7 +259,7 @@ def _record(name: str, path: Path, base: str | None = None) -> dict[str, Any]:
             f"{path} holds {len(strange)} runs that are no jobs of {name}, one of them {min(strange)}: take them out, "
             "or name another file"
         )
-    if defaults != DEFAULTS:
+    if DEFAULTS | defaults != DEFAULTS:  # a setting that came later had its default's value before
         raise ValueError(f"{path} was recorded under other defaults ({defaults}): its jobs now mean something else")
     return record
 

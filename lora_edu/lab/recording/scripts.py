@@ -50,6 +50,12 @@ SCRIPTS = {
         "a GPU of 80 GB or more; bitsandbytes and PEFT for QLoRA",
         limit=("--minutes", 1),
     ),
+    "memory_cases": Script(
+        "benchmarks/memory_cases.py",
+        "lesson 06: two micro-batches, autocast, and a 7B step that does not fit",
+        ("runs", "lines"),
+        "a GPU of 80 GB or more",
+    ),
     "speed_7b": Script(
         "benchmarks/speed_7b.py",
         "lesson 24: a 7B LoRA step by every way to take it (--shape, --ways)",
@@ -64,7 +70,7 @@ SCRIPTS = {
     ),
     "scaling": Script(
         "benchmarks/scaling.py",
-        "lesson 24: LoRA steps on one and several GPUs (--gpus, --shapes)",
+        "lesson 25: LoRA steps on one and several GPUs (--gpus, --shapes)",
         ("runs", "lines"),
         "two GPUs or more",
         limit=("--seconds", 60),

@@ -146,6 +146,16 @@ def _tiny_choices() -> Iterator[tuple[str, Job]]:
     yield from _choices("tiny", "jargon", 60, (1e-3, 3e-3, 1e-2), (2e-4, 5e-4, 1e-3), SEEDS)
 
 
+def _tiny_schedules() -> Iterator[tuple[str, Job]]:
+    """Lesson 07: a constant rate against one that falls linearly, each over its rates, five seeds, with curves."""
+    common: Job = {"steps": 120, "eval_every": 20}
+    rates = {"constant": (5e-4, 1e-3, 2e-3, 5e-3), "linear": (1e-3, 2e-3, 5e-3)}  # the best of each lies inside
+    for seed in FIVE_SEEDS:
+        for schedule, learning_rates in rates.items():
+            for rate in learning_rates:
+                yield "schedule", common | {"schedule": schedule, "learning_rate": rate, "seed": seed}
+
+
 def _smollm2_choices() -> Iterator[tuple[str, Job]]:
     rates, full_rates = (2e-4, 7e-4, 2e-3), (2e-5, 5e-5, 1e-4)
     yield from _choices("smollm2-135m", "devils_dictionary", 80, rates, full_rates, FIVE_SEEDS)
@@ -156,10 +166,12 @@ WHAT = {  # in a word, and what each needs
     "smollm2_precision": "lesson 06: adapters in float32 and in bfloat16; needs the base smollm2-135m",
     "smollm2_choices": "lesson 10: one choice at a time; needs the base smollm2-135m",
     "tiny_choices": "lesson 10: one choice at a time, with the base tiny",
+    "tiny_schedules": "lesson 07: a constant rate against one that falls, with the base tiny",
 }
 SWEEPS = {
     "smollm2_finetuning": _finetuning,
     "smollm2_precision": _precision,
     "smollm2_choices": _smollm2_choices,
     "tiny_choices": _tiny_choices,
+    "tiny_schedules": _tiny_schedules,
 }
