@@ -563,3 +563,23 @@ def test_recorded_unsloth_is_slower_at_every_shape_and_takes_about_our_memory():
             assert median(a / b for a, b in zip(steps, theirs, strict=True)) <= 0.95
             assert line["ways"][ours]["peak_bytes"] == pytest.approx(line["ways"][name]["peak_bytes"], rel=0.05)
     assert sorted(seen) == [(batch, name) for batch in (1, 4, 16) for name in ("unsloth", "unsloth, fp32 adapter")]
+
+
+def test_the_page_on_other_tools_has_the_ratios_to_unsloth_of_the_record():
+    lines = json.loads(data_path("runs", "speed_7b_unsloth.json").read_text(encoding="utf-8"))["shapes"]
+    page = (data_path().parent / "book" / "other_tools.md").read_text(encoding="utf-8")
+    captured, rows, peaks = "fast, compiled and captured", [], []
+    for ours, name in (
+        (captured, "unsloth"),
+        (captured, "unsloth, fp32 adapter"),
+        ("fast, compiled", "unsloth"),
+    ):
+        found = {batch: "not run" for batch in (1, 4, 16)}
+        for ways, batch in ((line["ways"], line["batch"]) for line in lines):
+            if ours in ways and name in ways:
+                steps = zip(ways[ours]["steps_ms"], ways[name]["steps_ms"], strict=True)
+                found[batch] = f"{median(a / b for a, b in steps):.2f}"
+                peaks.append(ways[ours]["peak_bytes"] / ways[name]["peak_bytes"])
+        rows.append(f"| {' | '.join(found.values())} |")
+    assert [row for row in rows if row not in page] == []
+    assert f"between {min(peaks):.2f} and {max(peaks):.2f} of Unsloth's" in page
