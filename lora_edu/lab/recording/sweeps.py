@@ -98,7 +98,7 @@ def _finetuning() -> Iterator[tuple[str, Job]]:
 
 def _precision() -> Iterator[tuple[str, Job]]:
     """Lesson 06: the adapter's dtype on a base in bfloat16, and all in float32 beside it, over rates."""
-    kinds = {
+    kinds: dict[str, Job] = {
         "all float32": {},
         "float32 adapter": {"dtype": "bfloat16"},
         "bfloat16 adapter": {"dtype": "bfloat16", "autocast_adapter_dtype": False},
