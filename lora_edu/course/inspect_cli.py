@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import statistics
 from collections.abc import Iterable
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lora_edu.course.console import console, friendly
+from lora_edu.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -66,8 +68,9 @@ def inspect(
     else:
         print_report(report, each)
     if figure is not None:
-        drawn = draw(report)
-        drawn.savefig(figure, dpi=100, format="png")
+        picture = io.BytesIO()
+        draw(report).savefig(picture, dpi=100, format="png")
+        write_atomically(figure, picture.getvalue())
         if not as_json:
             console.print(f"wrote {figure}", markup=False)
     if report.wrong:
@@ -109,7 +112,7 @@ def print_table(report: Report, each: bool) -> None:
             " ".join(dict.fromkeys(f"{shown(m.in_features)} → {shown(m.out_features)}" for m in modules)),
             values((module.scale for module in modules), "g"),
             middle((module.norm for module in modules), ".3g"),
-            *([middle((module.share for module in modules), ".0%")] if share else []),
+            *([middle((module.share for module in modules), ".1%")] if share else []),
             middle((module.effective_rank for module in modules), ".1f"),
         ]
         table.add_row(name, *([] if each else [str(len(modules))]), *numbers)

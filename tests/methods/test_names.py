@@ -39,6 +39,9 @@ EXCEPTIONS = {
     "serving.inspection.formats": {
         "lora_magnitude_vector",
         "lora_parameters",
+        "lora_adapter_metadata",
+        "lora_alpha",
+        ".lora_alpha",
         "lora_up",
         "lora_a",
         ".lora_a",

@@ -53,6 +53,10 @@ def made(tmp_path, parts):
 
 def found(report, level, code):
     """The one finding of this level and code."""
+    for finding in report.findings:  # of all it holds that each names a lesson that there is, and a way out
+        assert list((ROOT / "lessons").glob(f"{finding.lesson}_*.ipynb")), finding
+        assert finding.level in LEVELS
+        assert finding.sentence.endswith(".")
     matching = [finding for finding in report.findings if (finding.level, finding.code) == (level, code)]
     assert len(matching) == 1, [(f.level, f.code, f.sentence) for f in report.findings]
     return matching[0]
@@ -130,16 +134,6 @@ def test_a_small_update_is_lost_in_bfloat16(made, parts):
     loss = report.effect.merging
     assert loss["bfloat16"].projection < 0.9 < loss["float16"].projection
     assert "bfloat16" in found(report, "note", "merging").sentence
-
-
-def test_every_finding_names_a_lesson_that_is_there(made, parts):
-    dead = {k: torch.zeros_like(t) if "lora_B" in k else t for k, t in parts[1].items()}
-    findings = inspect_adapter(JARGON, "tiny").findings + inspect_adapter(made(tensors=dead), "llama-7b").findings
-    for finding in findings:
-        assert list((ROOT / "lessons").glob(f"{finding.lesson}_*.ipynb")), finding
-        assert finding.level in LEVELS
-        assert finding.sentence.endswith(".")
-        assert finding.way_out or finding.level != "wrong"
 
 
 # What PEFT and those who build on it write
@@ -315,7 +309,7 @@ def test_some_dead_factors_are_a_note(made, parts):
         (lambda t: {k: v for k, v in t.items() if Q0 not in k}, "missing", "1 of 21 modules"),
         (lambda t: t | {k.replace(V2, "model.layers.9.self_attn.v_proj"): v.clone() for k, v in t.items() if V2 in k},
          "extra", "1 of 22 adapted modules"),
-        (lambda t: {k.replace(".model.model.", ".model."): v for k, v in t.items()}, "extra", "another class of model"),
+        (lambda t: {k.replace(".model.model.", ".model."): v for k, v in t.items()}, "extra", "calls it model.layers"),
         (lambda t: changed(t, Q0, "lora_A", lambda A: A[:, :64]), "wrong-base", "made for 64 → 192"),
         (lambda t: t | {f"{PREFIX}lm_head.weight": torch.zeros(2000, 192)}, "vocabulary", "2,000 rows"),
         (lambda t: t | {f"{PREFIX}score.weight": torch.zeros(2, 192)}, "extra", "score.weight"),
@@ -325,6 +319,20 @@ def test_some_dead_factors_are_a_note(made, parts):
 def test_what_only_the_base_can_tell(made, parts, spoil, code, words):
     report = inspect_adapter(made(tensors=spoil(parts[1])), "tiny")
     assert words in found(report, "wrong", code).sentence
+
+
+def test_what_load_adapter_refuses_is_said(made, parts):
+    report = inspect_adapter(made(tensors=parts[1] | {f"{PREFIX}{Q0}.scales": torch.ones(3)}), "tiny")
+    assert "have no place in this model" in found(report, "wrong", "refused").sentence
+
+
+def test_gpt2s_layers_are_stored_the_other_way_round(made):
+    names = [f"transformer.h.{i}.attn.c_attn" for i in range(12)]
+    tensors = {key(name): torch.randn(8, 768) for name in names}
+    tensors |= {key(name, "lora_B"): torch.randn(2304, 8) for name in names}
+    report = inspect_adapter(made({"target_modules": ["c_attn"], "fan_in_fan_out": True}, tensors), "gpt2")
+    assert not report.wrong
+    assert found(report, "ok", "fits")
 
 
 def test_the_wrong_base_by_shape_and_by_name():
@@ -346,6 +354,10 @@ def test_targets_that_the_file_does_not_have(made):
     [
         ({"r": 0}, "wrong", "config"),
         ({"lora_alpha": 0}, "wrong", "scale"),
+        ({"peft_type": None}, "wrong", "config"),
+        ({"modules_to_save": 3}, "wrong", "config"),
+        ({"task_type": {}}, "wrong", "config"),
+        ({"alpha_pattern": {"q_proj": "much"}}, "wrong", "config"),
         ({"r": 16}, "wrong", "rank-differs"),
         ({"r": 16, "lora_alpha": 8}, "note", "alpha-left"),
         ({"init_lora_weights": "pissa"}, "note", "shifted-start"),
@@ -459,6 +471,9 @@ def test_diffusers_file(tmp_path, part, ends):
     assert (report.format, report.wrong) == ("diffusers", False)
     assert [(module.name, module.scale) for module in report.modules] == [(name, 1)]
     assert (report.modules[0].in_features, report.modules[0].out_features) == (32, 48)
+    said = {"lora_adapter_metadata": json.dumps({f"{part}.r": 4, f"{part}.lora_alpha": 8})}
+    save_file(tensors, tmp_path / "pytorch_lora_weights.safetensors", said)
+    assert inspect_adapter(tmp_path).modules[0].scale == 2
 
 
 def mlx_folder(folder, parts, scale=20.0):

@@ -148,7 +148,7 @@ def check_merging(layers: Iterable[AdapterLayer], effect: Effect) -> Iterator[Fi
             continue
         effect.merging[name] = loss
         said = (
-            f"Merged in {name}, the update (size {loss.size:.2g}, where the weights have 1) is written with an error "
+            f"Merged in {name}, the update (size ‖D‖ / ‖W‖ = {loss.size:.2g}) is written with an error "
             f"of {loss.error:.1%} and a projection of {loss.projection:.1%}."
         )
         if loss.projection >= WORTH_SAYING:

@@ -38,9 +38,10 @@ class Measured:
 def measure(name: str, factors: Factors) -> Measured:
     """Norm and effective rank of one update."""
     A, B = factors.A, factors.B
-    found = Measured(name, factors.rank, A.shape[-1] if A is not None and A.ndim == 2 else None,
-                     B.shape[0] if B is not None and B.ndim > 1 else None, factors.scale)  # fmt: skip
-    if A is None or B is None or why_not_measured(factors):
+    inputs = A.shape[1] if A is not None and A.ndim > 1 else None
+    outputs = B.shape[0] if B is not None and B.ndim > 1 else None
+    found = Measured(name, factors.rank, inputs, outputs, factors.scale)
+    if A is None or B is None or not can_be_measured(A, B):
         return found
     values = product_singular_values(B.flatten(1).double(), A.flatten(1).double())
     found.norm = abs(1 if factors.scale is None else factors.scale) * values.norm().item()
@@ -48,18 +49,16 @@ def measure(name: str, factors: Factors) -> Measured:
     return found
 
 
-def why_not_measured(factors: Factors) -> bool:
-    """Whether A and B are such that their product has no norm: damaged, or of another form than matrices."""
-    both = [tensor for tensor in (factors.A, factors.B) if tensor is not None]
-    if not all(tensor.is_floating_point() and tensor.ndim in (2, 4) and tensor.numel() for tensor in both):
-        return True
-    return not fits(factors) or not all(torch.isfinite(tensor).all() for tensor in both)
+def can_be_measured(A: Tensor, B: Tensor) -> bool:
+    """Whether the two are finite matrices with a product, or kernels of convolutions, which are flattened to such."""
+    if not all(factor.is_floating_point() and factor.ndim in (2, 4, 5) and factor.numel() for factor in (A, B)):
+        return False
+    return B[0].numel() == A.shape[0] and bool(torch.isfinite(A).all() and torch.isfinite(B).all())
 
 
-def fits(factors: Factors) -> bool:
-    """Whether A and B can be multiplied."""
-    A, B = factors.A, factors.B
-    return A is not None and B is not None and min(A.ndim, B.ndim) > 1 and A.shape[0] == B.shape[1]
+def fit(A: Tensor, B: Tensor) -> bool:
+    """Whether B A can be formed."""
+    return min(A.ndim, B.ndim) > 1 and A.shape[0] == B.shape[1]
 
 
 def check_factors(adapter: Adapter) -> Iterator[Finding]:
@@ -78,12 +77,12 @@ def check_factors(adapter: Adapter) -> Iterator[Finding]:
             "It was saved where the weights were not: under ZeRO-3 or FSDP gather them first.", tuple(empty),
         )  # fmt: skip
     pairs = {name: factors for name, factors in pairs.items() if name not in empty}
-    if torn := [name for name, factors in pairs.items() if not fits(factors)]:
-        A, B = (tuple(factor.shape) for factor in both_of(pairs)[torn[0]])
+    if torn := [name for name, (A, B) in both_of(pairs).items() if not fit(A, B)]:
+        shapes = [tuple(factor.shape) for factor in both_of(pairs)[torn[0]]]
         yield Finding(
             "wrong", "factors-do-not-fit",
             f"{counted(len(torn), 'module')} whose A and B cannot be multiplied: {some(torn)}. "
-            f"In the first A is {A} and B {B}.",
+            f"In the first A is {shapes[0]} and B {shapes[1]}.",
             "03", "A is (r, in) and B is (out, r); tensors of two files may have been mixed.", tuple(torn),
         )  # fmt: skip
     yield from check_ranks(adapter)
@@ -171,9 +170,9 @@ def check_values(adapter: Adapter, pairs: dict[str, Factors]) -> Iterator[Findin
     elif dead:
         yield Finding(
             "note", "dead-factors",
-            f"In {len(dead):,} of {counted(len(pairs), 'module')} B (or A) is zero: {some(dead)}. "
-            "No gradient came there.", "11",
-            "If that was not meant, call check_called(model, batch) before training.", tuple(dead),
+            f"In {len(dead):,} of {counted(len(pairs), 'module')} B (or A) is zero, so that they change nothing: "
+            f"{some(dead)}.", "11",
+            "If they were to train, no gradient reached them: call check_called(model, batch) first.", tuple(dead),
         )  # fmt: skip
     elif pairs:
         yield Finding("ok", "trained", "No factor is all zero.", "03")

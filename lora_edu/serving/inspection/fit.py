@@ -49,8 +49,8 @@ def check_names(adapter: Adapter, modules: dict[str, nn.Module]) -> Iterator[Fin
     if not extra:
         return
     ending = next((own for own in modules if own.endswith(f".{extra[0]}")), None)
-    ending = ending or next((own for own in modules if own and extra[0].endswith(f".{own}") and "." in own), None)
-    hint = f" The base calls it {ending}: the file is of another class of model." if ending else ""
+    ending = ending or next((own for own in modules if "." in own and extra[0].endswith(f".{own}")), None)
+    hint = f" The base calls it {ending}." if ending else ""
     yield Finding(
         "wrong", "extra",
         f"{len(extra):,} of {counted(len(adapter.modules), 'adapted module')} match nothing in the base: "
@@ -75,6 +75,8 @@ def check_shapes(adapter: Adapter, modules: dict[str, nn.Module], left_out: list
     for name, factors in adapter.modules.items():
         if name not in modules or name in left_out or factors.A is None or factors.B is None:
             continue
+        if min(factors.A.ndim, factors.B.ndim) < 2 or not factors.A.numel() or not factors.B.numel():
+            continue  # no factors at all, which is another finding
         try:
             expected = layer_shape(name, modules[name])
         except ValueError:  # a kind of layer that LoRA here does not adapt: its shape is not known
@@ -138,7 +140,7 @@ def check_targets(adapter: Adapter, model: nn.Module, modules: dict[str, nn.Modu
     if missing and adapter.modules:
         yield Finding(
             "wrong", "missing", f"{len(missing):,} of {counted(len(meant), 'module')} that the config means are not in "
-            f"the file: {some(missing)}. PEFT leaves them untrained, with a warning only.", "08",
+            f"the file: {some(missing)}. PEFT leaves these layers as they are in the base, with a warning only.", "08",
             "Correct target_modules, or save again from the model that was trained.", tuple(missing),
         )  # fmt: skip
     unmeant = [name for name in adapter.modules if name in modules and name not in meant]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -126,8 +127,8 @@ def sort_peft(adapter: Adapter) -> None:
 
 
 def sort_image_model(adapter: Adapter) -> None:
-    """kohya's and diffusers' files: a module's alpha, where there is one, is a tensor; else it is the rank."""
-    alphas: dict[str, float] = {}
+    """kohya's and diffusers' files: alpha is a tensor of the module or stands in the metadata; else it is the rank."""
+    alphas, said = {}, diffusers_settings(adapter.source.metadata)
     for key, tensor in adapter.source.tensors.items():
         found = IMAGE_KEY.match(key)
         if found is None:
@@ -137,9 +138,19 @@ def sort_image_model(adapter: Adapter) -> None:
         else:
             put(adapter.at(found["name"]), found["kind"], tensor)
     for name, factors in adapter.modules.items():
-        alpha = alphas.get(name, factors.rank)
+        part = name.partition(".")[0]  # diffusers may store one alpha for each part of the pipeline
+        alpha = alphas.get(name, said.get(f"{part}.lora_alpha", said.get("lora_alpha", factors.rank)))
         known = alpha is not None and math.isfinite(alpha) and factors.rank
         factors.scale = alpha / factors.rank if known else None  # type: ignore[operator]
+
+
+def diffusers_settings(metadata: Mapping[str, str]) -> dict[str, float]:
+    """The numbers among the settings that newer diffusers put into a file's metadata: ``{"unet.lora_alpha": 16}``."""
+    try:
+        fields = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    except json.JSONDecodeError:
+        return {}
+    return {key: value for key, value in fields.items() if type(value) in (int, float)} if type(fields) is dict else {}
 
 
 def sort_mlx(adapter: Adapter) -> None:

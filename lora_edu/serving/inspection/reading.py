@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lora_edu.core.peft_io import CONFIG_FILE, WEIGHTS_FILE, read_fields, read_safetensors
-from lora_edu.serving.inspection.findings import Finding, some
+from lora_edu.serving.inspection.findings import Finding, counted, some
 
 # What PEFT, mlx-lm and diffusers call the file of an adapter's weights, in this order.
 WEIGHTS_FILES = (WEIGHTS_FILE, "adapters.safetensors", "pytorch_lora_weights.safetensors")
@@ -171,6 +171,13 @@ def read_weights(source: Source) -> None:
             source.add("wrong", "damaged", f"It cannot be read: {error}.", "Fetch or save the file again.")
         source.weights = None
         return
+    small = {
+        key: tensor for key, tensor in source.tensors.items() if tensor.is_floating_point() and tensor.itemsize == 1
+    }
+    if small:  # of which PyTorch can hardly compute anything
+        source.tensors |= {key: tensor.float() for key, tensor in small.items()}
+        said = f"{counted(len(small), 'tensor')} stored in float8: {some(tuple(small))}. Looked at in float32."
+        source.add("note", "float8", said, "Store the factors in bfloat16 where a program does not read them.")
     if not source.tensors:
         source.add(
             "wrong", "no-tensors", f"{source.weights.name} holds no tensors.",

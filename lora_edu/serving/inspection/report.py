@@ -16,7 +16,7 @@ from lora_edu.serving.inspection.effect import Effect, check_effect
 from lora_edu.serving.inspection.factors import Measured, check_factors, measure
 from lora_edu.serving.inspection.findings import Finding
 from lora_edu.serving.inspection.fit import check_fit, saved_labels
-from lora_edu.serving.inspection.formats import Adapter, sort_tensors
+from lora_edu.serving.inspection.formats import UNKNOWN, Adapter, sort_tensors
 from lora_edu.serving.inspection.reading import read_source
 from lora_edu.serving.inspection.settings import check_settings
 
@@ -81,7 +81,7 @@ def inspect_adapter(path: str | Path, base: str | None = None, config_only: bool
     settings = {name: fields[name] for name in SETTINGS if fields.get(name) not in (None, [], {}, False)}
     settings = json.loads(json.dumps(settings), parse_constant=str)  # a NaN in a config would be no JSON in ours
     report = Report(str(path), adapter.format, settings, [*source.findings, *findings], modules, base)
-    if base is not None and source.tensors:
+    if base is not None and source.tensors and adapter.format != UNKNOWN:
         compare(report, adapter, base, config_only)
     return report
 

@@ -13,8 +13,6 @@ from lora_edu.core.peft_io import config_types
 from lora_edu.serving.inspection.findings import Finding, counted, some
 from lora_edu.serving.inspection.formats import DIFFUSERS, KOHYA, MLX, PEFT, Adapter
 
-CONVERTERS = "https://github.com/huggingface/diffusers, load_lora_weights(file)"
-
 
 def check_settings(adapter: Adapter) -> Iterator[Finding]:
     """Say whose file it is and what it asks for; fills in the config and the scales."""
@@ -24,7 +22,7 @@ def check_settings(adapter: Adapter) -> Iterator[Finding]:
     elif adapter.source.tensors:
         keys = list(adapter.source.tensors)
         yield Finding(
-            "wrong", "no-adapter", f"None of {counted(len(keys), 'tensor')} is a factor of LoRA: {some(keys)}.", "08",
+            "wrong", "no-adapter", f"No tensor of the file is a factor of LoRA: {some(keys)}.", "08",
             "Was a whole model saved, or a checkpoint of a trainer? save_adapter(model, folder) writes the adapter.",
         )  # fmt: skip
     if adapter.modules:
@@ -41,7 +39,12 @@ def peft_settings(adapter: Adapter) -> Iterator[Finding]:
                 "Copy it from where the adapter was saved; norms below are those of B A, without a scale.",
             )  # fmt: skip
         return
-    kind = fields.get("peft_type")
+    if (kind := fields.get("peft_type")) is None:
+        yield Finding(
+            "wrong", "config", "adapter_config.json names no peft_type, so that no program knows the method.", "08",
+            "Add \"peft_type\": \"LORA\" if that is what it is.",
+        )  # fmt: skip
+        return
     if (config_type := config_types().get(str(kind))) is None:
         yield Finding(
             "note", "kind", f"An adapter of the type {kind} in PEFT's format; its scale is not known here.", "08"
@@ -52,6 +55,7 @@ def peft_settings(adapter: Adapter) -> Iterator[Finding]:
     config: Any
     try:
         config = config_type.from_file({name: value for name, value in fields.items() if name in own and value != []})
+        check_types(config)
     except (TypeError, ValueError) as error:
         yield Finding("wrong", "config", f"adapter_config.json: {error}.", "08", "Write the field as PEFT has it.")
         return
@@ -71,6 +75,16 @@ def peft_settings(adapter: Adapter) -> Iterator[Finding]:
         )
     if hasattr(config, "alpha_of"):
         yield from start_and_alpha(config)
+
+
+def check_types(config: Any) -> None:
+    """Raise for values of a kind that no program can use, where the config's own checks let them pass."""
+    if not isinstance(config.task_type, str | None):
+        raise TypeError(f"task_type={config.task_type!r}: expected a word such as 'CAUSAL_LM', or null")
+    for name in ("modules_to_save", "exclude_modules"):
+        value = getattr(config, name)
+        if not isinstance(value, str | list | None) or not all(isinstance(each, str) for each in value or ()):
+            raise TypeError(f"{name}={value!r}: expected a list of names, or null")
 
 
 def start_and_alpha(config: Any) -> Iterator[Finding]:
@@ -103,7 +117,9 @@ def image_settings(adapter: Adapter) -> Iterator[Finding]:
             "A file of diffusers, for an image model: its names begin with the part of the pipeline that they belong "
             "to, such as unet. or transformer. lora_edu does not load it."
         )
-    yield Finding("note", "kind", said, "08", f"ComfyUI takes it, and so does {CONVERTERS}.")
+    yield Finding(
+        "note", "kind", said, "08", "ComfyUI loads it, and diffusers does with pipeline.load_lora_weights(file)."
+    )
 
 
 def mlx_settings(adapter: Adapter) -> Iterator[Finding]:
@@ -130,10 +146,12 @@ def scales(adapter: Adapter) -> Iterator[Finding]:
     values = sorted({factors.scale for factors in adapter.modules.values() if factors.scale is not None})
     config: Any = adapter.config
     rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
-    yield Finding("ok", "rank", f"{counted(len(adapter.modules), 'module')} adapted, {rank}.", "04")
+    asked = getattr(config, "target_modules", None)
+    targets = f"; target_modules: {asked if isinstance(asked, str) else some(asked, 8)}" if asked else ""
+    yield Finding("ok", "rank", f"{counted(len(adapter.modules), 'module')} adapted, {rank}{targets}.", "04")
     if not values:
         return
-    said = " or ".join(f"{value:g}" for value in values[:6])
+    said = some([f"{value:g}" for value in values], 6)
     if adapter.format == MLX:
         rule = "mlx-lm's scale, which does not depend on the rank (its default is 20)"
     elif adapter.format != PEFT:
