@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from lora_edu.serving.inspection.report import Report
 
 MARKS = {"ok": "[green]✓[/]", "note": "[yellow]○[/]", "wrong": "[red]✗[/]"}
+LABELS = ("norm of s·BA", "effective rank")
+LEGEND_COLUMNS = 4
 EXAMPLES = """
 Examples:
 
@@ -126,9 +129,7 @@ def by_kind(modules: Iterable[Measured]) -> dict[str, list[Measured]]:
     """Modules that differ only in the number of their layer, together: what stands behind the last number of a name."""
     groups: dict[str, list[Measured]] = {}
     for module in modules:
-        segments = module.name.split(".")
-        last = max((i for i, segment in enumerate(segments) if segment.isdigit()), default=len(segments) - 2)
-        groups.setdefault(".".join(segments[last + 1 :]) or module.name, []).append(module)
+        groups.setdefault(re.split(r"[._]\d+[._]", module.name)[-1], []).append(module)
     return groups
 
 
@@ -152,23 +153,29 @@ def middle(numbers: Iterable[float | None], form: str) -> str:
 
 
 def draw(report: Report) -> Figure:
-    """Norms and effective ranks by layer, one curve a kind of module; one without a layer's number stands at −1."""
+    """Norms and effective ranks by layer, one curve a kind of module; one without a layer's number stands at −1.
+
+    Where no name has a number of a layer, as in kohya's files, the modules of a kind stand in the file's order.
+    """
     from lora_edu.core.matching import layer_index
     from lora_edu.lab import plots
 
     known = [module for module in report.modules if module.norm is not None]
     if not known:
         raise ValueError("there is nothing to draw: no module has a norm; see the findings without --figure")
-    fig, panels = plots.figure(ncols=2, size=(12, 4.5))
-    for axes, attribute, words in zip(
-        panels, ("norm", "effective_rank"), ("norm of s·BA", "effective rank"), strict=True
-    ):
-        for kind, modules in by_kind(known).items():
-            numbers = [layer_index(module.name) for module in modules]
-            places = [-1 if number is None else number for number in numbers]
-            axes.plot(places, [getattr(module, attribute) for module in modules], label=kind)
-        axes.set(xlabel="layer", ylabel=words, ylim=(0, 1.08 * axes.dataLim.y1 or 1))
+    numbers = {module.name: layer_index(module.name) for module in known}
+    numbered = any(number is not None for number in numbers.values())
+    kinds = by_kind(known)
+    fig, panels = plots.figure(ncols=2, size=(12, 4 + 0.3 * -(-len(kinds) // LEGEND_COLUMNS)))
+    for axes, attribute, words in zip(panels, ("norm", "effective_rank"), LABELS, strict=True):
+        for kind, modules in kinds.items():
+            places = [numbers[module.name] if numbered else i for i, module in enumerate(modules)]
+            at = [-1 if place is None else place for place in places]
+            axes.plot(at, [getattr(module, attribute) for module in modules], label=kind)
+        axes.set(xlabel="layer" if numbered else "place in the file", ylabel=words)
+        axes.set_ylim(0, 1.08 * axes.dataLim.y1 or 1)
         axes.xaxis.get_major_locator().set_params(integer=True)
     fig.suptitle(f"{Path(report.adapter).name}: {len(known)} modules")
-    fig.legend(*panels[0].get_legend_handles_labels(), frameon=False, ncol=4, loc="outside lower center")
+    handles = panels[0].get_legend_handles_labels()
+    fig.legend(*handles, frameon=False, ncol=LEGEND_COLUMNS, loc="outside lower center")
     return fig

@@ -459,6 +459,11 @@ def test_kohyas_file(tmp_path):
     assert {module.scale for module in report.modules} == {0.5, 1}
     assert all(module.norm > 0 for module in report.modules)
     assert found(inspect_adapter(tmp_path / "style.safetensors", "tiny"), "wrong", "other-world")
+    shown = call(tmp_path / "style.safetensors", "--figure", tmp_path / "style.png")
+    assert shown.exit_code == 0
+    kinds = [line.split()[0] for line in shown.stdout.splitlines()[1:3]]  # what stands behind the last number of a name
+    assert sorted(kinds) == ["attn1_to_q", "mlp_fc1"]
+    assert (tmp_path / "style.png").exists()
 
 
 @pytest.mark.parametrize("ends", [("lora_A.weight", "lora_B.weight"), ("lora.down.weight", "lora.up.weight")])
