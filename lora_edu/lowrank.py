@@ -53,6 +53,26 @@ def singular_values(W: Tensor) -> Tensor:
     return torch.linalg.svdvals(_matrix(W))
 
 
+def product_singular_values(B: Tensor, A: Tensor) -> Tensor:
+    """The singular values of B A from its thin factors, without forming the product: at most r of them, largest first.
+
+    With B = Q_B R_B and Aᵀ = Q_A R_A they are those of the small matrix R_B R_Aᵀ, as Q_B and Q_A only turn.
+
+    Args:
+        B: (m, r).
+        A: (r, n).
+
+    Raises:
+        ValueError: if one is not a finite floating matrix, or they cannot be multiplied.
+    """
+    B, A = _matrix(B, "B"), _matrix(A, "A")
+    if B.shape[1] != A.shape[0]:
+        raise ValueError(f"B is {tuple(B.shape)} and A {tuple(A.shape)}: B needs as many columns as A has rows")
+    dtype = torch.promote_types(A.dtype, B.dtype)
+    R_B, R_A = (torch.linalg.qr(factor.to(dtype), mode="r").R for factor in (B, A.T))
+    return singular_values(R_B @ R_A.T)
+
+
 def eckart_young_error(W: Tensor, r: int) -> tuple[float, float]:
     """The smallest error that any matrix of rank at most r can have against W: what the theorem promises.
 

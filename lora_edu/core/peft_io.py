@@ -137,21 +137,35 @@ def read_config(folder: Path) -> AdapterConfig:
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no {CONFIG_FILE}; expected a directory written by save_adapter or PEFT")
-    try:
-        fields = json.loads(path.read_bytes())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); write the adapter again") from None
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path} holds a {type(fields).__name__}; expected an object with peft_type, r, …")
-    # A config class that inherits its peft_type writes files that are its parent's to read.
-    types = [method.config_type for method in reversed(registered_methods())]
-    known = {each.peft_type: each for each in types if "peft_type" in vars(each)}
+    fields, known = read_fields(path), config_types()
     if fields.get("peft_type") not in known:
         raise ValueError(f"{path}: peft_type={fields.get('peft_type')!r}; lora_edu reads {', '.join(known)}")
     try:
         return known[fields["peft_type"]].from_file(fields)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def config_types() -> dict[str, type[AdapterConfig]]:
+    """Which class reads a config, by its ``peft_type``."""
+    # A class that inherits its peft_type writes files that are its parent's to read.
+    types = [method.config_type for method in reversed(registered_methods())]
+    return {each.peft_type: each for each in types if "peft_type" in vars(each)}
+
+
+def read_fields(path: Path) -> dict[str, Any]:
+    """The fields of an ``adapter_config.json``, as they stand there.
+
+    Raises:
+        ValueError: if it is no JSON, or no object.
+    """
+    try:
+        fields = json.loads(path.read_bytes())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); write the adapter again") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} holds a {type(fields).__name__}; expected an object with peft_type, r, …")
+    return fields
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -170,6 +184,15 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
                 f"the adapter and save it again with safe_serialization=True, which writes {WEIGHTS_FILE}"
             )
         raise FileNotFoundError(f"{folder} has no {WEIGHTS_FILE}; expected a directory written by save_adapter or PEFT")
+    return read_safetensors(path)
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of one file, under keys without the name of PEFT's default adapter.
+
+    Raises:
+        ValueError: if it is damaged, or a pickle under another name.
+    """
     try:
         tensors = load(path.read_bytes())
     except SafetensorError as error:

@@ -11,6 +11,7 @@ import typer
 
 from lora_edu.course.class_cli import grade, handout, progress
 from lora_edu.course.console import console, fail, friendly
+from lora_edu.course.inspect_cli import EXAMPLES, inspect
 from lora_edu.course.lessons_cli import lessons
 from lora_edu.course.memory_cli import memory, parse_targets, warnings_in_one_line
 
@@ -94,6 +95,7 @@ def count(
 
 for command in (memory, handout, grade, progress):
     app.command()(command)
+app.command(epilog=EXAMPLES)(inspect)
 
 
 @app.command("full-run", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

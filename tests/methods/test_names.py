@@ -34,6 +34,20 @@ EXCEPTIONS = {
     "core.vocabulary": {".lora_embedding_A", ".lora_A.weight"},
     # Names a kind of parameter for people, in PEFT's models too: shortens what it knows and leaves the rest.
     "lab.diagnose": {"lora_"},
+    # Reads files of all methods and of other programs, and tells them apart by the names of their tensors and settings.
+    "serving.inspection.factors": {"use_dora"},
+    "serving.inspection.formats": {
+        "lora_magnitude_vector",
+        "lora_parameters",
+        "lora_adapter_metadata",
+        "lora_alpha",
+        ".lora_alpha",
+        "lora_up",
+        "lora_a",
+        ".lora_a",
+        ".lora_b",
+    },
+    "serving.inspection.settings": {"lora_parameters"},
     # A recorded experiment chooses its method, as a learner does; the choice is part of the record.
     "lab.recording.experiments": {"LoraConfig", "lora"},
     "lab.recording.sweeps": {"lora"},

@@ -32,6 +32,7 @@ COMMANDS = [
     ["handout"],
     ["grade"],
     ["progress"],
+    ["inspect"],
     ["lessons", "list"],
     ["lessons", "run"],
     ["lessons", "exercises"],
