@@ -46,7 +46,7 @@ def loss_in_pieces(model: PreTrainedModel, input_ids: Tensor, labels: Tensor, ro
     hidden = model.get_decoder()(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state
     # A token's label is the next token: the last one has none.
     hidden, labels = hidden[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-    return PiecewiseLoss.apply(hidden, head.weight, head.bias, labels, rows)
+    return _PiecewiseLoss.apply(hidden, head.weight, head.bias, labels, rows)
 
 
 def frozen_head(model: PreTrainedModel) -> nn.Linear:
@@ -96,7 +96,7 @@ def loss_and_gradient(
     return loss / number, gradient
 
 
-class PiecewiseLoss(torch.autograd.Function):
+class _PiecewiseLoss(torch.autograd.Function):
     """``loss_and_gradient`` for autograd; the gradient of hidden is worked out in the forward pass."""
 
     @staticmethod
