@@ -34,6 +34,8 @@ EXCEPTIONS = {
     "core.vocabulary": {".lora_embedding_A", ".lora_A.weight"},
     # Names a kind of parameter for people, in PEFT's models too: shortens what it knows and leaves the rest.
     "lab.diagnose": {"lora_"},
+    # llama.cpp's adapter files hold LoRA's A and B and nothing else: what is no A or B is refused.
+    "serving.gguf": {"LORA", ".lora_", ".lora_A.weight", ".lora_B.weight"},
     # Reads files of all methods and of other programs, and tells them apart by the names of their tensors and settings.
     "serving.inspection.factors": {"use_dora"},
     "serving.inspection.formats": {
