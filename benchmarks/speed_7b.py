@@ -185,7 +185,7 @@ def new_step(
     if not (folder / "config.json").exists():
         base.save_pretrained(folder)
         AutoTokenizer.from_pretrained(ROOT / "data" / "tiny").save_pretrained(folder)  # it asks for one
-    return UnslothStep(folder, ids, bf16=not way.get("autocast_adapter_dtype"))
+    return UnslothStep(folder, ids, R, bf16=not way.get("autocast_adapter_dtype"))
 
 
 def estimate(base: nn.Module, way: dict[str, Any], batch: int, tokens: int) -> MemoryEstimate:
@@ -300,7 +300,7 @@ def timed(steps: dict[str, Step | UnslothStep], failed: dict[str, str], rounds: 
     while steps:
         try:
             return paired_times({name: partial(call, name) for name in steps}, rounds, warmup=2)
-        except torch.OutOfMemoryError as error:
+        except (torch.OutOfMemoryError, ChildProcessError) as error:
             failed[now] = reason(error)
             print(f"  {now} failed: {failed[now]}", flush=True)
         del steps[now]

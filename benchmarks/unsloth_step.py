@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-R = 16
 ADAPTED = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -32,15 +32,16 @@ class UnslothStep:
     Args:
         folder: the model, as ``save_pretrained`` writes it; the worker keeps what it compiles beside it.
         ids: the batch, (rows, tokens).
+        r: the rank; alpha is the same.
         bf16: cast the adapters to bfloat16. Unsloth has no setting for that and keeps them in float32.
         worker: what to start; a test starts another one.
 
     Raises:
-        RuntimeError: if the process ends before it is ready or in a step; its own words stand above.
+        ChildProcessError: if the process ends before it is ready or in a step; its own words stand above.
     """
 
-    def __init__(self, folder: Path, ids: Tensor, bf16: bool, worker: Path = Path(__file__)):
-        arguments = [str(folder), json.dumps(ids.tolist()), json.dumps(bf16)]
+    def __init__(self, folder: Path, ids: Tensor, r: int, bf16: bool, worker: Path = Path(__file__)):
+        arguments = [str(folder), *map(json.dumps, (ids.tolist(), r, bf16))]
         surroundings = os.environ | {"UNSLOTH_COMPILE_LOCATION": str(folder / "compiled"), "HF_HUB_OFFLINE": "1"}
         self.process = subprocess.Popen(
             [sys.executable, str(worker), *arguments],
@@ -58,11 +59,12 @@ class UnslothStep:
             if line.startswith(SAYS):
                 return json.loads(line.removeprefix(SAYS))
             print(f"    {line}", end="", flush=True)
-        raise RuntimeError(f"Unsloth's process ended with code {self.process.wait()}: see what it said above")
+        raise ChildProcessError(f"Unsloth's process ended with code {self.process.wait()}: see what it said above")
 
     def __call__(self) -> None:
         assert self.process.stdin is not None
-        print("step", file=self.process.stdin, flush=True)
+        with suppress(BrokenPipeError):  # it has ended; the answer says so
+            print("step", file=self.process.stdin, flush=True)
         self.losses.append(torch.tensor(self.answer()["loss"]))
 
     def close(self) -> None:
@@ -80,14 +82,15 @@ def say(**what: Any) -> None:
 
 def main() -> None:
     """The worker: load, take three steps, say what that took, then one step for every line that comes in."""
-    folder, batch, bf16 = Path(sys.argv[1]), torch.tensor(json.loads(sys.argv[2])), json.loads(sys.argv[3])
+    folder, (ids, r, bf16) = Path(sys.argv[1]), map(json.loads, sys.argv[2:])
+    batch = torch.tensor(ids, device="cuda")
     from unsloth import FastLanguageModel  # before transformers: it patches what it finds
 
     model, _ = FastLanguageModel.from_pretrained(
         str(folder), max_seq_length=batch.shape[1], dtype=torch.bfloat16, load_in_4bit=False, local_files_only=True
     )
     model = FastLanguageModel.get_peft_model(
-        model, r=R, lora_alpha=R, target_modules=ADAPTED, use_gradient_checkpointing=False, random_state=0
+        model, r=r, lora_alpha=r, target_modules=ADAPTED, use_gradient_checkpointing=False, random_state=0
     )
     FastLanguageModel.for_training(model, use_gradient_checkpointing=False)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -95,11 +98,10 @@ def main() -> None:
         for parameter in trained:
             parameter.data = parameter.data.to(torch.bfloat16)
     optimizer = torch.optim.AdamW(trained, lr=1e-5, weight_decay=0.0, fused=True)
-    ids = batch.to("cuda")
 
     def step() -> float:
         with torch.autocast("cuda", torch.bfloat16):  # as Unsloth's trainer calls it
-            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            loss = model(input_ids=batch, labels=batch, use_cache=False).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -207,15 +207,30 @@ for number, line in enumerate(sys.stdin):
 def test_a_way_in_a_process_of_its_own_steps_when_it_is_told(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sys, "path", [*sys.path])
     (worker := tmp_path / "worker.py").write_text(WORKER)
-    step = script("unsloth_step").UnslothStep(tmp_path, torch.ones(2, 4, dtype=torch.long), bf16=True, worker=worker)
+    step = script("unsloth_step").UnslothStep(
+        tmp_path, torch.ones(2, 4, dtype=torch.long), r=4, bf16=True, worker=worker
+    )
     assert (step.trainable, step.peak) == (5, 7)
     step(), step()
     assert step.losses[0] == 1.5
     assert step.losses[1].isnan()
     assert "a library says something" in capsys.readouterr().out
-    with pytest.raises(RuntimeError, match="ended with code 3"):
-        step()
+    for _ in range(2):  # in the step in which it ends, and in every later one
+        with pytest.raises(ChildProcessError, match="ended with code 3"):
+            step()
     step.close()
+
+
+def test_a_way_whose_process_ends_fails_alone(toy_7b, monkeypatch, tmp_path):
+    """It answers when it is made ready and once more in the warm-up, and ends while the steps are timed."""
+    (worker := tmp_path / "worker.py").write_text(WORKER)
+    speed_7b, unsloth_step = script("speed_7b"), script("unsloth_step")
+    made = lambda folder, ids, r, bf16: unsloth_step.UnslothStep(folder, ids, r, bf16, worker)  # noqa: E731
+    monkeypatch.setattr(speed_7b, "UnslothStep", made)
+    monkeypatch.setattr(speed_7b, "installed", lambda: "0")
+    _, (line,) = toy_7b("plain;unsloth")
+    assert list(line["ways"]) == ["plain"]
+    assert line["failed"]["unsloth"].startswith("ChildProcessError: Unsloth's process ended with code 3")
 
 
 def test_unsloth_is_named_where_it_is_missing(toy_7b, monkeypatch, capsys):

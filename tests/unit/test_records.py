@@ -349,6 +349,7 @@ def test_look_inside(small):
     [
         ({"rank": 8}, r"a job with \['rank'\]: the settings are base, task"),
         ({"method": "ful"}, "method='ful': expected 'lora' or 'full'"),
+        ({"dtype": "bf16"}, "dtype='bf16': expected 'float32' or 'bfloat16' or 'float16'"),
         ({"task": "wordnet_topics", "forgetting": True}, "a classifier has no loss on plain definitions"),
         ({"task": "devil"}, "unknown data set 'devil'"),
     ],
@@ -356,6 +357,21 @@ def test_look_inside(small):
 def test_a_job_that_makes_no_sense(job, says):
     with pytest.raises(ValueError, match=says):
         experiments.run({"steps": 1} | job)
+
+
+@pytest.mark.parametrize(
+    ("job", "base", "trained"),
+    [
+        ({}, torch.float32, torch.float32),
+        ({"dtype": "bfloat16"}, torch.bfloat16, torch.float32),
+        ({"dtype": "bfloat16", "autocast_adapter_dtype": False}, torch.bfloat16, torch.bfloat16),
+        ({"dtype": "bfloat16", "method": "full"}, torch.bfloat16, torch.bfloat16),
+    ],
+)
+def test_a_job_says_in_what_the_base_and_the_adapter_are_kept(job, base, trained):
+    model, _ = experiments._prepared(experiments._settings(job))
+    assert model.get_input_embeddings().weight.dtype == base
+    assert {parameter.dtype for parameter in model.parameters() if parameter.requires_grad} == {trained}
 
 
 @pytest.mark.errors
@@ -432,7 +448,7 @@ def test_killed_in_the_middle_and_resumed(sweep, tmp_path):
 def test_part_and_rule_are_notes_not_settings(monkeypatch):
     monkeypatch.setattr(full_runs, "run", lambda job: {"ran": job})
     monkeypatch.setattr(full_runs, "look_inside", lambda job: {"looked": job})
-    assert full_runs._do({"part": "rank", "rule": "rsLoRA", "r": 2}) == {"ran": {"r": 2}}
+    assert full_runs._do({"part": "rank", "rule": "rsLoRA", "kind": "small", "r": 2}) == {"ran": {"r": 2}}
     assert full_runs._do({"part": "inside", "ranks": (2, 4)}) == {"looked": {"ranks": (2, 4)}}
 
 
