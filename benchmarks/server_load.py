@@ -1,6 +1,6 @@
 """The server of lesson 09 under load, over loopback: is anything mixed up, and what does the crowd cost each?
 
-    python benchmarks/server_load.py                             # writes data/runs/server_load.json, two minutes
+    python benchmarks/server_load.py                             # writes data/runs/server_load.json, about a minute
     python benchmarks/server_load.py --requests 24 --threads 6 --rounds 2 --out build/server_load.json
 
 The base tiny with its two adapters answers requests to ``/v1/chat/completions``: of base, devil and jargon, half of
@@ -24,6 +24,7 @@ import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from itertools import product
 from pathlib import Path
 from statistics import median, quantiles
 from threading import Barrier
@@ -78,11 +79,12 @@ def place(question: dict[str, Any]) -> tuple[str, int]:
 def greedy_texts(model: Any, tokenizer: Any, asked: list[dict[str, Any]]) -> dict[tuple[str, str, int], str]:
     """{(model, prompt, length): text} by ``generate`` with one adapter set, for every model and question."""
     found = {}
-    for name in MODELS:
+    for name, length in product(MODELS, LENGTHS):
+        prompts = [prompt for prompt, own in map(place, asked) if own == length]
         set_adapter(model, name if name in ADAPTERS else "devil")
         with nullcontext() if name in ADAPTERS else disable_adapter(model):
-            for text, length in map(place, asked):
-                found[name, text, length] = generate(model, tokenizer, [text], length)[0]
+            texts = generate(model, tokenizer, prompts, length) if prompts else []
+        found |= {(name, prompt, length): text for prompt, text in zip(prompts, texts, strict=True)}
     return found
 
 
@@ -230,6 +232,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT, help="the file to write")
     parser.add_argument("--commit", help="the commit, where git cannot tell")
     given = parser.parse_args()
+    torch.set_num_threads(1)  # the matrices are small: a second thread would mostly wait
     record = {
         "what": "the server of lesson 09, base tiny in float64: requests alone and together, a burst; see the script"
     }

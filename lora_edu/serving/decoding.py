@@ -69,7 +69,8 @@ class Request:
         if self.finish_reason is None:
             if text.endswith("�"):  # the first bytes of a character; the next token brings the others
                 return self.gone
-            cut = len(text) - max((len(each) - 1 for each in self.stop), default=0)  # may be the start of a stop text
+            held = max((len(each) - 1 for each in self.stop), default=0)  # they may be the start of a stop text
+            cut = max(0, len(text) - held)
         # Spaces at the end wait until more text follows: so the pieces together are the stripped text of ``generate``.
         told, self.text = len(self.text), text[:cut].strip()
         if self.hear is not None and len(self.text) > told:

@@ -6,6 +6,9 @@ From the repository's root::
     curl localhost:8000/v1/chat/completions -H "content-type: application/json" \\
         -d '{"model": "bierce", "messages": [{"role": "user", "content": "Define: politician, noun"}]}'
 
+The answer is "One who has the power to make the laws."; with ``"model": "base"`` it begins "A politician is a person
+who holds a position of power". With ``"stream": true`` it comes token by token.
+
 This is OpenAI's API, so any program that speaks it can be given the address ``http://localhost:8000/v1``; ``chat.py``
 says what of it there is. For a base that continues text there is a plainer question, too::
 
@@ -129,21 +132,24 @@ def positive(text: str) -> int:
 def main() -> None:
     """Command line: NAME=DIRECTORY for each adapter."""
     parser = argparse.ArgumentParser(
-        prog="python -m lora_edu.serving.server",
-        description=(__doc__ or "").split("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        prog="python -m lora_edu.serving.server", description=(__doc__ or "").split("\n")[0]
     )
     add = parser.add_argument
     add("adapters", nargs="+", metavar="NAME=DIRECTORY", help="An adapter, and the name that requests use for it.")
-    add("--base", default="tiny", help="The model that the adapters belong to.")
-    add("--host", default="127.0.0.1", help="Where to listen; only this machine can reach the default.")
-    add("--port", type=positive, default=8000, help="The port to listen on.")
-    add("--max-tokens", type=positive, default=128, help="No answer is longer than this many tokens.")
-    add("--max-prompt-tokens", type=positive, help="No prompt may be longer; without it, the model's positions decide.")
-    add("--max-body", type=positive, default=65_536, help="No request may have more bytes than this.")
-    add("--max-batch", type=positive, default=16, help="This many requests at most are answered together.")
-    add("--max-waiting", type=positive, default=128, help="When this many requests wait, further ones get status 429.")
-    add("--timeout", type=positive, default=120, help="A request that takes more seconds than this is cancelled.")
+    add("--base", default="tiny", help="The model that the adapters belong to, by default %(default)s.")
+    add("--host", default="127.0.0.1", help="Where to listen, by default where only this machine can reach it.")
+    add("--port", type=positive, default=8000, help="The port to listen on, by default %(default)s.")
+    limits = {
+        "--max-tokens": (128, "An answer has at most this many tokens"),
+        "--max-body": (65_536, "A request has at most this many bytes"),
+        "--max-batch": (16, "At most this many requests are answered together"),
+        "--max-waiting": (128, "When this many requests wait, further ones are refused with status 429"),
+        "--timeout": (120, "A request that takes more seconds than this is cancelled"),
+    }
+    for name, (default, words) in limits.items():
+        add(name, type=positive, default=default, metavar="N", help=f"{words} (by default {default}).")
+    add("--max-prompt-tokens", type=positive, metavar="N", help="A prompt has at most this many tokens (no limit of "
+        "its own by default: prompt and answer must fit into the model's positions).")  # fmt: skip
     given = parser.parse_args()
     if wrong := [pair for pair in given.adapters if "=" not in pair]:
         parser.error(f"{wrong[0]!r}: expected NAME=DIRECTORY, for example devil=data/adapters/tiny-devils-dictionary")

@@ -495,7 +495,9 @@ def test_the_server_mixes_nothing_up_under_load(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sys, "path", [*sys.path])
     small = ["--requests", "24", "--threads", "12", "--rounds", "2", "--burst", "16", "--out", str(out)]
     monkeypatch.setattr(sys, "argv", ["server_load.py", *small])
+    threads = torch.get_num_threads()
     script("server_load").main()
+    torch.set_num_threads(threads)
     check_load(json.loads(out.read_text(encoding="utf-8")))
     assert "24 of 24 answers are those that the same question had alone" in capsys.readouterr().out
 

@@ -201,6 +201,7 @@ def test_a_stop_text_ends_the_answer_and_is_no_part_of_it(serve, alone):
         answer = chat(client, stop=given).choices[0]
         assert (answer.message.content, answer.finish_reason) == (" ".join(words[:3]), "stop")
         assert text_of(chat(client, stop=given, stream=True)) == (" ".join(words[:3]), "stop")
+    assert text_of(chat(client, stop=" ".join(words[:3]), stream=True)) == ("", "stop")  # nothing of it was told early
     assert text_of(chat(client, stop="never said", stream=True))[0] == alone[PROMPTS[0], "devil"]
 
 
