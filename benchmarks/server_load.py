@@ -225,7 +225,7 @@ def measure(requests: int, threads: int, rounds: int, burst_size: int) -> dict[s
 def main() -> None:
     """Measure, write the record, and say what is in it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--requests", type=int, default=360, help="questions over all rounds")
+    parser.add_argument("--requests", type=int, default=300, help="questions over all rounds")
     parser.add_argument("--threads", type=int, default=24, help="clients that ask at the same time")
     parser.add_argument("--rounds", type=int, default=6, help="rounds, each first alone and then together")
     parser.add_argument("--burst", type=int, default=60, help="questions of the burst")
