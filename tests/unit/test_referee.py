@@ -16,6 +16,7 @@ from torch import nn
 from lora_edu.core import entrants
 from lora_edu.core.entrants import PARAGRAPHS, Place, register_entrant, registered_entrants
 from lora_edu.core.inject import count_parameters
+from lora_edu.course.publish import methods
 from lora_edu.lab.recording import pool, referee, shared_card
 from lora_edu.lab.recording.records import Spread
 from lora_edu.lab.recording.standings import standing, tuned, verdict
@@ -120,6 +121,14 @@ def test_what_is_no_adapter_and_what_classifies():
     cost = trial(plan, {"stage": "step", "method": "probe", "task": "topics"})
     assert cost["step_ratio"] > 0
     assert cost["peak_bytes"] is None
+
+
+@pytest.mark.errors
+def test_a_classifier_whose_head_does_not_train_is_refused():
+    topics = dataclasses.replace(TASKS["minilm-topics"], limit=8)
+    query = dataclasses.replace(entrant_called("full"), unfreeze=lambda model, place: model.bert.requires_grad_(True))
+    with pytest.raises(ValueError, match=r"entrant 'full' does not train the new head of 'minilm'"):
+        prepared(topics, query, 0)
 
 
 def test_a_start_that_needs_data_gets_batches(monkeypatch):
@@ -250,6 +259,62 @@ def test_what_makes_no_sense(tmp_path, options, says):
         referee.referee(out=tmp_path / "nowhere" / "referee.json", plan=FEW)
 
 
+# The page
+
+
+def test_the_page_says_what_is_measured_and_what_is_not():
+    plan = Plan(tasks={"small": dataclasses.replace(SMALL, title="A small task")}, seeds=(0, 1))
+    _, record = invented([5.0] * 7 + [4.0] + [5.0] * 2)
+    own = {"task": "small", "stage": "base"}
+    record |= {
+        "command": "python x",
+        "machines": [],
+        "runs": [*record["runs"], {"job": own, "test": 6.0, "plain": 2.5}],
+    }
+    record["runs"].append(
+        {"job": own | {"stage": "step", "method": "lora-r2"}, "step_ratio": 1.25, "peak_bytes": 2**21}
+    )
+    rows = methods.methods_page(record, plan).splitlines()
+    assert "### A small task" in rows
+    assert (
+        "| [lora-r2](#lora) | 4.500 ± 0.707 |  | 3.000 ± 0.000 | 0.005 | 8 | 5 | 0 kB | 1.25 | 2 MiB |" in rows
+    )  # nothing to compare with yet
+    assert rows.index("| *the base as it comes* | 6.000 |  | 2.500 |  |  |  |  |  |  |") > 0
+    assert "| [lora-r8](#lora) | not measured yet |  |  |  |  |  |  |  |  |" in rows
+    assert "- `lora-r2`: A small task 4.500 ± 0.707" in rows
+    assert "- `lora-r8`: A small task not measured yet" in rows
+    for run in [line for line in record["runs"] if line["job"].get("method") == "lora-r2"]:
+        worse = {name: run[name] + 2 for name in ("test",) if name in run}
+        record["runs"].append(run | worse | {"job": run["job"] | {"method": "lora-r8"}})
+    rows = methods.methods_page(record, plan).splitlines()
+    assert "- `lora-r2`: A small task 4.500 ± 0.707 (better)" in rows
+    assert [row for row in rows if row.startswith("| [lora-r2](#lora) | 4.500 ± 0.707 | better |")]
+    ranking = [row.split("]")[0][3:] for row in rows if row.startswith("| [")]
+    assert ranking[:2] == ["lora-r2", "lora-r8"]
+    for word in PARAGRAPHS:
+        assert entrant_called("lora-r8").card[word][1:] in "\n".join(rows)
+
+
+def test_a_rate_at_the_edge_has_a_star_and_a_classifier_percent():
+    _, record = invented([4.0] + [5.0] * 9)
+    record |= {"command": "python x", "machines": []}
+    plan = Plan(tasks={"small": SMALL}, seeds=(0, 1))
+    assert [row for row in methods.methods_page(record, plan).splitlines() if r"| 0.001\* | 4 |" in row]
+    for line in record["runs"]:
+        if line["job"]["stage"] == "seed":
+            line["test accuracy"] = 0.75
+    small = dataclasses.replace(SMALL, classes=2)
+    rates = dataclasses.replace(entrant_called("lora-r2"), rates=entrant_called("lora-r2").rates_for("tiny"))
+    assert standing(Plan(tasks={"small": small}, seeds=(0, 1)), record, rates, "small").score.mean == 0.75
+
+
+def test_the_page_is_written_only_if_it_changes(tmp_path):
+    page = tmp_path / "methods.md"
+    assert methods.refresh(tmp_path / "none.json", page) == [page]
+    assert methods.refresh(tmp_path / "none.json", page) == []
+    assert "not measured yet" in page.read_text(encoding="utf-8")
+
+
 # Entering
 
 
@@ -303,6 +368,13 @@ def test_everything_that_is_entered_has_five_rates_and_a_place():
         assert places, entrant.name
         for place in places:
             assert len(entrant.rates_for(place.base)) == 5, entrant.name
+
+
+def test_their_order_does_not_depend_on_which_file_was_imported_first(monkeypatch):
+    before = registered_entrants()
+    last_first = sorted(before, key=lambda each: each.method.lower(), reverse=True)  # those of one method as they came
+    monkeypatch.setattr(entrants, "_ENTRANTS", {each.name: each for each in last_first})
+    assert registered_entrants() == before
 
 
 def test_one_task_of_each_base_is_timed():

@@ -35,6 +35,7 @@ class Task:
         batches: the batch sizes to tune over.
         classes: how many classes there are to tell apart; None for a language model, which learns to define words.
         timed: steps are timed and memory is measured on this task; one for each base.
+        title: for people; the record does not depend on it.
         limit: use no more than so many rows of each split; for tests.
     """
 
@@ -44,6 +45,7 @@ class Task:
     batches: tuple[int, ...]
     classes: int | None = None
     timed: bool = False
+    title: str = ""
     limit: int | None = None
 
     @property
@@ -62,10 +64,12 @@ class Task:
 
 
 TASKS = {
-    "smollm2-bierce": Task("smollm2-135m", "devils_dictionary", 960, (8,), timed=True),
-    "minilm-topics": Task("minilm", "wordnet_topics", 2880, (16, 32), classes=10, timed=True),
-    "tiny-bierce": Task("tiny", "devils_dictionary", 960, (4, 8, 16), timed=True),
-    "tiny-jargon": Task("tiny", "jargon", 960, (4, 8, 16)),
+    "smollm2-bierce": Task("smollm2-135m", "devils_dictionary", 960, (8,), timed=True, title="SmolLM2 on Bierce"),
+    "minilm-topics": Task(
+        "minilm", "wordnet_topics", 2880, (16, 32), classes=10, timed=True, title="MiniLM on WordNet's topics"
+    ),
+    "tiny-bierce": Task("tiny", "devils_dictionary", 960, (4, 8, 16), timed=True, title="tiny on Bierce"),
+    "tiny-jargon": Task("tiny", "jargon", 960, (4, 8, 16), title="tiny on the Jargon File"),
 }
 
 
@@ -87,9 +91,12 @@ class Plan:
     schedule: str = "linear"
 
     def settings(self) -> dict[str, Any]:
-        """As it stands in the record."""
+        """As it stands in the record: all that a result may depend on."""
         own = {name: value for name, value in vars(self).items() if name != "tasks"}
-        return own | {"tasks": {name: asdict(task) for name, task in self.tasks.items()}}
+        tasks = {name: asdict(task) for name, task in self.tasks.items()}
+        for task in tasks.values():
+            del task["title"], task["timed"]
+        return own | {"tasks": tasks}
 
 
 PLAN = Plan()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lora_edu.core.entrants import Entrant, registered_entrants
 from lora_edu.core.inject import count_parameters, inject
+from lora_edu.core.parts import TASK_HEADS
 from lora_edu.core.peft_io import save_adapter
 from lora_edu.core.state import injected_models
 from lora_edu.counting.measure import paired_times
@@ -76,7 +77,11 @@ def entrant_called(name: str) -> Entrant:
 
 
 def prepared(task: Task, entrant: Entrant, seed: int) -> tuple[nn.Module, dict[str, list]]:
-    """A fresh model, on this process's GPU if there is one, with what the entrant trains made trainable; the data."""
+    """A fresh model, on this process's GPU if there is one, with what the entrant trains made trainable; the data.
+
+    Raises:
+        ValueError: if the task is to classify and the new head is not among it.
+    """
     base, splits = loaded(task)
     device = process_state().device
     model = copy.deepcopy(base).to(device)
@@ -86,6 +91,13 @@ def prepared(task: Task, entrant: Entrant, seed: int) -> tuple[nn.Module, dict[s
     elif entrant.config:
         config = dataclasses.replace(entrant.config(task.place), task_type=task.place.task_type)
         inject(model, config, batches=_batches(model, splits["train"], task))
+    heads = TASK_HEADS.get(task.place.task_type, ())
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if heads and not any(part in heads for name in trained for part in name.split(".")):
+        raise ValueError(
+            f"entrant {entrant.name!r} does not train the new head of {task.base!r}, so it cannot learn to classify: "
+            "where it injects by itself, its config needs task_type=place.task_type"
+        )
     return model, splits
 
 
