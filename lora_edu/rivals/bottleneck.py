@@ -1,7 +1,17 @@
 """Bottleneck adapters: a small network after a layer, the first adapters for transformers. Built in lesson 15.
 
-PEFT has none. Sources: Houlsby et al. 2019, Parameter-Efficient Transfer Learning for NLP
-(https://arxiv.org/abs/1902.00751), section 2; Pfeiffer et al. 2020, AdapterFusion (https://arxiv.org/abs/2005.00247).
+PEFT has none. Sources: Houlsby et al. 2019 (https://arxiv.org/abs/1902.00751), section 2; Pfeiffer et al. 2020
+(https://arxiv.org/abs/2005.00247).
+
+Idea: A small network stands behind attention and behind the feed-forward network of every block, with a narrow layer
+in its middle. It adds to what passes through, so that with its last layer at zero the model starts as it was.
+Formula: h → h + U f(D h + d) + u, with D (m, out), U (out, m) and a non-linear f
+Cost: 2 · m · out + m + out numbers for each. The network waits for its layer: two more small products one after the
+other in every forward pass, in use as in training.
+Merging: none. Because of f no single weight does the same.
+Papers: [Houlsby et al. 2019](https://arxiv.org/abs/1902.00751) come within 0.4 % of full fine-tuning on GLUE with 3.6 %
+of its numbers. [Hu et al. 2021](https://arxiv.org/abs/2106.09685) measure 20 to 30 % more latency for GPT-2 at batch 1,
+and 2 to 3 % at large batches. [Pfeiffer et al. 2020](https://arxiv.org/abs/2005.00247) keep only the second of the two.
 """
 
 from __future__ import annotations
@@ -16,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_edu.core.adapter import AdapterLayer
 from lora_edu.core.config import AdapterConfig
+from lora_edu.core.entrants import register_entrant
 from lora_edu.core.layer import check_rank
 from lora_edu.core.methods import InjectionContext, register
 
@@ -149,3 +160,11 @@ def build(base: nn.Module, name: str, config: BottleneckConfig, context: Injecti
 
 
 register("bottleneck", BottleneckConfig, {nn.Linear: build, Conv1D: build})
+
+register_entrant(
+    "bottleneck-m32",  # on each base between 0.89 and 0.96 of the numbers of LoRA at r=8 on all linear layers
+    method="Bottleneck adapters",
+    config=lambda place: BottleneckConfig(bottleneck_size=32),
+    rates=(2e-4, 5e-4, 1e-3, 2e-3, 5e-3),
+    card=__doc__,
+)

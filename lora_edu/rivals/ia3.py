@@ -1,7 +1,17 @@
 """(IA)³: scale what some layers put out, or what they read, by a trained vector. Built in lesson 15.
 
-PEFT's name: ``IA3``. Source: Liu et al. 2022, Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than
-In-Context Learning (https://arxiv.org/abs/2205.05638), section 3.3.
+PEFT's name: ``IA3``. Source: Liu et al. 2022 (https://arxiv.org/abs/2205.05638), section 3.3.
+
+Idea: Nothing is added to a weight. Keys, values and what the feed-forward network's last layer reads are multiplied by
+trained vectors, one number for each of their entries.
+Formula: y = l ⊙ (W x + b), and in the feed-forward network y = W (l ⊙ x) + b
+Cost: one number for each output, or input, of a scaled layer, the fewest of all here that change every layer. Each
+forward pass multiplies once more for each of them.
+Merging: exact up to one rounding: the rows or columns of W, and its bias, are multiplied by l.
+Papers: [Liu et al. 2022](https://arxiv.org/abs/2205.05638) propose it as part of T-Few, which with a few examples
+beats prompting a much larger model; their recipe has pretraining and two further losses besides. [He et al.
+2021](https://arxiv.org/abs/2110.04366) put such methods into one scheme, and find that where the change is made
+matters more than what it is called.
 """
 
 from __future__ import annotations
@@ -16,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_edu.core.adapter import AdapterLayer, Pair, at_least_float32
 from lora_edu.core.config import AdapterConfig
+from lora_edu.core.entrants import register_entrant
 from lora_edu.core.matching import check_regex
 from lora_edu.core.methods import InjectionContext, register
 
@@ -162,3 +173,11 @@ def build(base: nn.Module, name: str, config: IA3Config, context: InjectionConte
 
 
 register("(IA)³", IA3Config, {nn.Linear: build, Conv1D: build})
+
+register_entrant(
+    "ia3",
+    method="(IA)³",
+    config=lambda place: IA3Config(),
+    rates=(2e-3, 5e-3, 1e-2, 2e-2, 5e-2),
+    card=__doc__,
+)

@@ -1,7 +1,16 @@
 """Prompt tuning: trained vectors in place of a prompt's word embeddings, read before each row. Built in lesson 15.
 
-PEFT's name: ``PROMPT_TUNING``. Source: Lester et al. 2021, The Power of Scale for Parameter-Efficient Prompt Tuning
-(https://arxiv.org/abs/2104.08691), section 2.
+PEFT's name: ``PROMPT_TUNING``. Source: Lester et al. 2021 (https://arxiv.org/abs/2104.08691), section 2.
+
+Idea: A few trained vectors stand before the text's word embeddings, like words that are in no dictionary. The model
+itself is not touched.
+Formula: [P; E(x)] instead of E(x), with P (tokens, width) trained
+Cost: width numbers for each virtual token, the fewest of all here. In use each of them is a token to compute, to cache
+and to take from the context.
+Merging: none; a plain model has no place for words that are no tokens.
+Papers: [Lester et al. 2021](https://arxiv.org/abs/2104.08691) find it far behind full fine-tuning in small models, and
+level with it above ten billion numbers. They start from real words, as the entrant here does; from random vectors it is
+slower.
 """
 
 from __future__ import annotations
@@ -13,6 +22,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from lora_edu.core.entrants import register_entrant
 from lora_edu.core.methods import register
 from lora_edu.rivals.virtual import VirtualTokens, VirtualTokensConfig
 
@@ -121,3 +131,11 @@ class PromptTuningConfig(VirtualTokensConfig):
 
 
 register("prompt tuning", PromptTuningConfig, {})
+
+register_entrant(
+    "prompt-20",
+    method="Prompt tuning",
+    config=lambda place: PromptTuningConfig(num_virtual_tokens=20, prompt_tuning_init="SAMPLE_VOCAB"),
+    rates=(2e-3, 5e-3, 1e-2, 2e-2, 5e-2),
+    card=__doc__,
+)
