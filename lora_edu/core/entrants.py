@@ -98,7 +98,8 @@ def register_entrant(
         card: a text with a paragraph for each of ``PARAGRAPHS``, most often the file's docstring. A paragraph ends at
             the next or at an empty line; what else stands in the text is left alone. Links are Markdown's.
         config: function of the place → an adapter config, which is injected. Or else:
-        unfreeze: function (model, place) that makes trainable what trains, for what is no adapter.
+        unfreeze: function (model, place) that makes trainable what trains, in a model that is frozen, for what is no
+            adapter or needs more than to be injected. It also sees to the new head where there is one.
         needs: ``"CAUSAL_LM"`` or ``"SEQ_CLS"`` for what makes sense on this kind of task only.
 
     Raises:
@@ -118,9 +119,12 @@ def register_entrant(
 
 
 def registered_entrants() -> list[Entrant]:
-    """All that are entered, in the order of their registration. The package's own register when this is called."""
+    """All that are entered, by the names of their methods, those of one method as they were entered.
+
+    The package's own register when this is first called; which file came first makes no difference.
+    """
     importlib.import_module("lora_edu").register_methods()
-    return list(_ENTRANTS.values())
+    return sorted(_ENTRANTS.values(), key=lambda entrant: entrant.method.lower())
 
 
 def _paragraphs(name: str, card: str) -> dict[str, str]:

@@ -111,13 +111,16 @@ def full_run(
     base: Annotated[
         str | None, typer.Option(help="Another base for a sweep: a hub id, a folder or a name of the course.")
     ] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help="For the referee: only this method or setting of one; may be repeated.")
+    ] = None,
 ) -> None:
     """Record what the lessons plot beside their own runs, or go on with it: the GPU path.
 
-    A sweep, whose finished runs are in the file at once, or a script, which takes its own options too. Stopped or
-    killed, the same command goes on where it was.
+    A sweep or the referee, whose finished runs are in the file at once, or a script, which takes its own options too.
+    Stopped or killed, the same command goes on where it was.
     """
-    from lora_edu.lab.recording import full_runs, scripts
+    from lora_edu.lab.recording import full_runs, referee, scripts
     from lora_edu.lab.recording.sweeps import WHAT
 
     more = tuple(context.args)
@@ -126,19 +129,27 @@ def full_run(
             cost = full_runs.cost(sweep)
             size = f"{cost.runs} runs ({cost.recorded} recorded), {cost.steps:,} steps"
             console.print(f"{sweep:20} {WHAT[sweep]}; {size}, about {cost.hours:.1f} h on two cores", markup=False)
+        console.print(f"{referee.NAME:20} {referee.line()}", markup=False)
         for script in scripts.SCRIPTS:
             console.print(f"{script:20} {scripts.line(script)}", markup=False)
         console.print("The hours are those of the sweeps' training steps; evaluations come on top.")
         console.print("A GPU takes a fraction of them.")
     elif name in scripts.SCRIPTS:
-        for option, value in {"--processes": processes, "--base": base}.items():
-            if value is not None:
+        for option, value in {"--processes": processes, "--base": base, "--method": method}.items():
+            if value:
                 fail(f"{name} takes no {option}: {scripts.accepted(name)}")
         scripts.run_script(name, out, minutes, more)
+    elif name == referee.NAME:
+        if more or base:
+            fail(
+                f"{name} takes no {more[0] if more else '--base'}: it takes --method, --processes, --minutes and --out"
+            )
+        console.print(full_runs.ending(referee.referee(method, out, processes, minutes)))
     elif name not in full_runs.SWEEPS:
-        fail(f"unknown recording {name!r}; there are: {', '.join([*full_runs.SWEEPS, *scripts.SCRIPTS])}")
-    elif more:
-        fail(f"{name} takes no {more[0]}: a sweep takes --processes, --minutes, --out and --base")
+        fail(f"unknown recording {name!r}; there are: {', '.join([*full_runs.SWEEPS, referee.NAME, *scripts.SCRIPTS])}")
+    elif more or method:
+        option = more[0] if more else "--method"
+        fail(f"{name} takes no {option}: a sweep takes --processes, --minutes, --out and --base")
     else:
         console.print(full_runs.ending(full_runs.full_run(name, out, processes or 1, minutes, base)))
 

@@ -1,4 +1,4 @@
-"""``lora-edu lessons …``: list, run, exercises, claims, reset, export."""
+"""``lora-edu lessons …``: list, run, exercises, claims, methods, reset, export."""
 
 from pathlib import Path
 from typing import Annotated
@@ -36,7 +36,8 @@ def run(
     """Execute lessons from top to bottom on the CPU.
 
     Without --update copies run under build/ and lessons/ stays as it is. With --update the outputs are written into
-    lessons/, the exercises of the same numbers are generated again from their solutions, and so is the page of claims.
+    lessons/, the exercises of the same numbers are generated again from their solutions, and so are the pages of claims
+    and of methods.
     """
     from lora_edu.course.notebooks.execute import update as execute_and_write
     from lora_edu.course.notebooks.exercises import generate
@@ -66,6 +67,7 @@ def run(
         if (SOLUTIONS / source.name).exists() and generate(SOLUTIONS / source.name):
             console.print(f"wrote {EXERCISES.name}/{source.name}")
     claims()
+    methods()
 
 
 @lessons.command("exercises")
@@ -86,6 +88,16 @@ def exercises(
 def claims() -> None:
     """Fill in which lessons name each claim of data/claims.json, and write book/claims.md from it (for authors)."""
     from lora_edu.course.publish.claims import refresh
+
+    for path in refresh():
+        console.print(f"wrote {path.parent.name}/{path.name}")
+
+
+@lessons.command("methods")
+@friendly
+def methods() -> None:
+    """Write book/methods.md from the referee's record and the methods' own cards (for authors)."""
+    from lora_edu.course.publish.methods import refresh
 
     for path in refresh():
         console.print(f"wrote {path.parent.name}/{path.name}")

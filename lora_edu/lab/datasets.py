@@ -148,9 +148,11 @@ def mask_labels(input_ids: Tensor, attention_mask: Tensor, prompt_lengths: Seque
 
 
 def encode_topics(entries: Sequence[dict[str, Any]], tokenizer: Any, max_length: int = 32) -> list[dict[str, Any]]:
-    """Rows of ``wordnet_topics`` for a classifier: bos + definition, cut at ``max_length``, and one label per row.
+    """Rows for a classifier, as ``wordnet_topics`` has them: the definition's tokens, and one label per row.
 
-    There is no eos: a decoder's classification head reads the last token that is no padding, and SmolLM2 pads with eos.
+    For a decoder bos + definition, cut at ``max_length``. There is no eos: its classification head reads the last token
+    that is no padding, and SmolLM2 pads with eos. For an encoder such as BERT, whose head reads the first token, what
+    its tokenizer makes of a text: [CLS] + definition + [SEP], the definition cut so that all fit ``max_length``.
 
     Raises:
         ValueError: if an entry has no label, or ``max_length`` leaves no room for a word.
@@ -160,6 +162,10 @@ def encode_topics(entries: Sequence[dict[str, Any]], tokenizer: Any, max_length:
     for entry in entries:
         if "label" not in entry:
             raise ValueError(f"the entry of {entry['word']!r} has no label: only wordnet_topics is for classification")
+    if tokenizer.cls_token_id is not None:
+        texts = [entry["definition"] for entry in entries]
+        encoded = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
+        return [{"input_ids": ids, "labels": entry["label"]} for ids, entry in zip(encoded, entries, strict=True)]
     return [
         {"input_ids": prompt_ids(entry["definition"], tokenizer)[:max_length], "labels": entry["label"]}
         for entry in entries

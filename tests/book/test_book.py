@@ -10,10 +10,12 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
+from lora_edu.core.entrants import registered_entrants
 from lora_edu.course.doctor import browser
 from lora_edu.course.notebooks.stored import LESSONS, SOLUTIONS, list_notebooks
 from lora_edu.course.publish import book, export
 from lora_edu.course.publish.claims import anchor, read_ledger
+from lora_edu.course.publish.methods import anchor as methods_anchor
 
 pytestmark = pytest.mark.book
 ARGUMENTS = [
@@ -62,7 +64,15 @@ def test_every_lesson_solution_and_module_has_a_page(html):
     wanted += [f"lessons/exercises/{path.stem}.html" for path in list_notebooks(SOLUTIONS)]
     wanted += [f"api/{name}.html" for name in book.modules()]
     wanted += ["index.html", "data/README.html", "licences.html", "contributing.html", "changelog.html", "search.html"]
-    wanted += ["teaching.html", "hosted.html", "map.html", "glossary.html", "claims.html", "other_tools.html"]
+    wanted += [
+        "teaching.html",
+        "hosted.html",
+        "map.html",
+        "glossary.html",
+        "claims.html",
+        "methods.html",
+        "other_tools.html",
+    ]
     assert [name for name in wanted if not (html / name).exists()] == []
 
 
@@ -103,6 +113,11 @@ def test_lessons_and_library_link_to_each_other(html, pages):
 
 def test_every_claim_has_its_id_as_an_address(html, pages):
     assert {anchor(claim.id) for claim in read_ledger().claims} <= pages[html / "claims.html"].anchors
+
+
+def test_every_method_has_a_card_with_an_address(html, pages):
+    methods = {entrant.method for entrant in registered_entrants()}
+    assert {methods_anchor(method) for method in methods} <= pages[html / "methods.html"].anchors
 
 
 def test_predicted_outputs_and_solutions_are_folded(html):

@@ -8,7 +8,10 @@ from lora_edu.course.notebooks import inspection
 from lora_edu.course.notebooks.exercises import outdated
 from lora_edu.course.notebooks.predictions import shares
 from lora_edu.course.notebooks.stored import EXERCISES, LESSONS, SOLUTIONS, list_notebooks, read
+from lora_edu.course.publish import methods
 from lora_edu.course.publish.claims import PAGE, claims_page, lessons_by_claim, read_ledger, unlinked_claims
+from lora_edu.files import data_path
+from lora_edu.lab.recording import referee
 
 LESSON_FILES = list_notebooks(LESSONS)
 SOLUTION_FILES = list_notebooks(SOLUTIONS)
@@ -76,6 +79,11 @@ def test_every_claim_links_to_its_entry(path):
 
 def test_the_page_of_claims_is_what_the_ledger_gives():
     assert PAGE.read_text(encoding="utf-8") == claims_page(read_ledger())
+
+
+def test_the_page_of_methods_is_what_cards_and_record_give():
+    record = referee.read(data_path("runs", "referee.json"))
+    assert methods.PAGE.read_text(encoding="utf-8") == methods.methods_page(record)
 
 
 @pytest.mark.parametrize("path", EXERCISE_FILES, ids=named)

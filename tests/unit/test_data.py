@@ -15,7 +15,7 @@ import torch
 from transformers import AutoTokenizer
 
 from lora_edu.files import data_path
-from lora_edu.lab.bases import list_bases
+from lora_edu.lab.bases import list_bases, load_base
 from lora_edu.lab.datasets import (
     DATASETS,
     IGNORED,
@@ -280,6 +280,15 @@ def test_encode_topics(tokenizer):
         assert row["input_ids"] == whole[:9]
     assert {len(row["input_ids"]) for row in rows} > {9}
     assert max(len(row["input_ids"]) for row in encode_topics(entries, tokenizer)) == 32
+
+
+def test_an_encoder_gets_the_token_that_its_head_reads():
+    _, bert = load_base("minilm", head="classification", num_labels=10)
+    entries = load_dataset("wordnet_topics", "test")
+    rows = encode_topics(entries, bert, max_length=12)
+    for entry, row in zip(entries, rows, strict=True):
+        inner = bert(entry["definition"], add_special_tokens=False)["input_ids"][:10]
+        assert row == {"input_ids": [bert.cls_token_id, *inner, bert.sep_token_id], "labels": entry["label"]}
 
 
 @pytest.mark.errors

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from lora_edu.files import data_path
 from lora_edu.lab import distributed, training
 from lora_edu.lab.distributed import copy_to_shard, count_targets, split_batch
-from lora_edu.lab.recording import experiments, full_runs, sweeps
+from lora_edu.lab.recording import experiments, full_runs, pool, sweeps
 
 TIMEOUT = 280  # seconds; ten times what it takes on two busy cores
 
@@ -233,8 +233,8 @@ def test_two_processes_go_on_with_what_one_began(tmp_path, monkeypatch):
     alone = [{"job": {"part": part} | job, "machine": 0} | experiments.run(job) for part, job in JOBS]
     out, script = tmp_path / "few.json", tmp_path / "child.py"
     record = full_runs._record("few", out)
-    full_runs._here(record)
-    full_runs._write(out, record | {"runs": alone[:1]})
+    pool.here(record)
+    pool.write(out, record | {"runs": alone[:1]})
     script.write_text(CHILD.format(jobs=JOBS), encoding="utf-8")
     output = launched("ddp.yaml", script, out)
     assert output.count("complete") == 1  # only the main process speaks
@@ -259,7 +259,7 @@ def led(monkeypatch, tmp_path):
     said = []
     monkeypatch.setattr(full_runs, "process_state", lambda: SimpleNamespace(num_processes=2, is_main_process=True))
     monkeypatch.setattr(full_runs, "broadcast_from_main", lambda value: said.append(value) or value)
-    monkeypatch.setattr(full_runs, "_settle", lambda: None)
+    monkeypatch.setattr(full_runs, "settle", lambda: None)
     monkeypatch.setattr(full_runs, "_do", lambda job: {"test": 1.0})
     monkeypatch.setitem(sweeps.SWEEPS, "few", lambda: JOBS)
     return SimpleNamespace(said=said, out=tmp_path / "few.json")
@@ -267,11 +267,13 @@ def led(monkeypatch, tmp_path):
 
 def test_the_main_process_says_which_run_is_next_and_when_time_is_up(led, monkeypatch):
     clock = iter([0.0, 1.0, 61.0])
-    monkeypatch.setattr(full_runs, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    for module in (pool, full_runs):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     assert not full_runs.full_run("few", led.out, minutes=1)
     jobs = [{"part": part} | job for part, job in JOBS]
     assert led.said == [jobs[0], False]
-    monkeypatch.setattr(full_runs, "time", time)
+    for module in (pool, full_runs):
+        monkeypatch.setattr(module, "time", time)
     led.said.clear()
     assert full_runs.full_run("few", led.out)
     assert led.said == [*jobs[1:], True]
@@ -303,8 +305,8 @@ def test_workers_take_the_gpus_in_turn(monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
     monkeypatch.setenv("LORA_EDU_PROGRESS", "0")
     monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace())
-    started = full_runs.multiprocessing.Value("i", 0)
+    started = pool.multiprocessing.Value("i", 0)
     for _ in range(3):
-        full_runs._settle(started)
-    full_runs._settle()  # a process of accelerate launch keeps its own
+        pool.settle(started)
+    pool.settle()  # a process of accelerate launch keeps its own
     assert taken == [0, 1, 0]

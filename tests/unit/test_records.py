@@ -23,7 +23,7 @@ from lora_edu import files
 from lora_edu.counting import lora_parameters
 from lora_edu.files import data_path
 from lora_edu.lab.bases import list_bases, load_base
-from lora_edu.lab.recording import experiments, full_runs, records, sweeps
+from lora_edu.lab.recording import experiments, full_runs, pool, records, sweeps
 from lora_edu.lab.recording.records import by, described, pick, read_record, spread, surroundings
 from lora_edu.lab.training import evaluate
 
@@ -465,7 +465,7 @@ class Instant:
         pass
 
     def submit(self, do, job):
-        future = full_runs.Future()
+        future = pool.Future()
         if "seed" in job:
             future.set_result({"test": 1.0})
         else:
@@ -475,7 +475,7 @@ class Instant:
 
 def test_a_run_that_fails_keeps_the_others(sweep, tmp_path, monkeypatch):
     out = tmp_path / "few.json"
-    monkeypatch.setattr(full_runs, "ProcessPoolExecutor", Instant)
+    monkeypatch.setattr(pool, "ProcessPoolExecutor", Instant)
     sweep([JOBS[0], ("few", {"r": 512}), *JOBS[1:]])
     with pytest.raises(RuntimeError, match=r"MemoryError: the GPU is full; its job is .*512.*the same command goes on"):
         full_runs.full_run("few", out)
@@ -487,20 +487,20 @@ def test_a_run_that_fails_keeps_the_others(sweep, tmp_path, monkeypatch):
 
 def test_no_run_is_begun_after_the_time_is_up(sweep, tmp_path, monkeypatch):
     out, clock = tmp_path / "few.json", iter([0.0, 1.0, 59.0, 61.0, 62.0])
-    monkeypatch.setattr(full_runs, "ProcessPoolExecutor", Instant)
-    monkeypatch.setattr(full_runs, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(pool, "ProcessPoolExecutor", Instant)
+    monkeypatch.setattr(pool, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     assert not full_runs.full_run("few", out, minutes=1)
     assert [job["seed"] for job in recorded(out)] == [0, 1]
-    monkeypatch.setattr(full_runs, "time", time)
+    monkeypatch.setattr(pool, "time", time)
     assert full_runs.full_run("few", out)
     assert [job["seed"] for job in recorded(out)] == [0, 1, 2, 3]
 
 
 def test_another_machine_is_added(sweep, tmp_path, monkeypatch):
     out = tmp_path / "few.json"
-    monkeypatch.setattr(full_runs, "ProcessPoolExecutor", Instant)
+    monkeypatch.setattr(pool, "ProcessPoolExecutor", Instant)
     for name in ("one", "two", "one"):
-        monkeypatch.setattr(full_runs, "surroundings", lambda *given, name=name: {"hardware": name})
+        monkeypatch.setattr(pool, "surroundings", lambda *given, name=name: {"hardware": name})
         sweep(JOBS[: 1 + len(recorded(out)) if out.exists() else 1])
         assert full_runs.full_run("few", out)
     record = json.loads(out.read_text(encoding="utf-8"))

@@ -20,22 +20,28 @@ writes it.
 
 import argparse
 import json
-import multiprocessing
-import os
 import re
-import threading
 import time
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from tqdm import tqdm
-
-from lora_edu.files import data_path, locked, write_atomically
+from lora_edu.files import data_path, locked
 from lora_edu.lab.distributed import broadcast_from_main, process_state
 from lora_edu.lab.recording.experiments import DEFAULTS, look_inside, run
-from lora_edu.lab.recording.records import surroundings
+from lora_edu.lab.recording.pool import (
+    bar,
+    check_limits,
+    deadline,
+    ending,
+    failure,
+    here,
+    key,
+    missing,
+    settle,
+    work,
+    write,
+)
 from lora_edu.lab.recording.sweeps import SWEEPS, Job, jobs
 from lora_edu.quick import full_size
 
@@ -92,10 +98,7 @@ def full_run(
         FileNotFoundError: if the file's folder does not exist, or the base is not here.
         RuntimeError: if another command writes this file, or a run failed; what had finished is recorded.
     """
-    if processes < 1:
-        raise ValueError(f"processes={processes}: at least one is needed")
-    if minutes is not None and not minutes > 0:
-        raise ValueError(f"minutes={minutes}: expected a time above 0, or none for no limit")
+    check_limits(processes, minutes)
     if processes > 1 and process_state().num_processes > 1:
         raise ValueError(
             f"processes={processes} under accelerate launch: its {process_state().num_processes} processes do each run "
@@ -110,35 +113,34 @@ def full_run(
         return _follow()
     with locked(path):
         record = _record(name, path, base)
-        done = {_key(line["job"]) for line in record["runs"]}
-        todo = [job for job in wanted if _key(job) not in done]
-        work = _lead if process_state().num_processes > 1 else _work
-        return work(todo, record, path, processes, minutes)
+        until = deadline(minutes)
+        if process_state().num_processes > 1:
+            return _lead(missing(wanted, record), record, path, until)
+        return work(partial(missing, wanted, record), _do, record, path, processes, until)
 
 
-def _lead(todo: list[Job], record: dict[str, Any], path: Path, processes: int, minutes: float | None) -> bool:
+def _lead(todo: list[Job], record: dict[str, Any], path: Path, until: float) -> bool:
     """The main process's part under ``accelerate launch``: say which job is next, do it with all, and record it."""
-    machine = _here(record, process_state().num_processes) if todo else None
-    until = time.monotonic() + 60 * minutes if minutes else float("inf")
-    bar = _bar(todo, record, path)
-    _settle()
-    with bar:
+    machine = here(record, process_state().num_processes) if todo else None
+    shown = bar(len(todo), record, path)
+    settle()
+    with shown:
         while todo and time.monotonic() < until:
             job = todo.pop(0)
             broadcast_from_main(job)
             try:
                 result = _do(job)
             except Exception as error:  # the launcher ends the other processes when this one ends
-                raise _failure(job, error, path) from error
+                raise failure(job, error, path) from error
             record["runs"].append({"job": job, "machine": machine} | result)
-            _write(path, record)
-            bar.update()
+            write(path, record)
+            shown.update()
         return broadcast_from_main(not todo)  # no job, but the answer to whether all is done: the end
 
 
 def _follow() -> bool:
     """The other processes' part: do what the main one says, until it says how it ended."""
-    _settle()
+    settle()
     said: Any = broadcast_from_main(None)
     while not isinstance(said, bool):
         _do(said)
@@ -146,89 +148,9 @@ def _follow() -> bool:
     return said
 
 
-def _here(record: dict[str, Any], world_size: int = 1) -> int:
-    """The number of this machine among the record's, where it is entered if it is new."""
-    cuda = torch.cuda.is_available()
-    machine = surroundings("float32, matrix products in TF32" if cuda else "float32", world_size)
-    if machine not in record["machines"]:
-        record["machines"].append(machine)
-    return record["machines"].index(machine)
-
-
-def _bar(todo: list[Job], record: dict[str, Any], path: Path) -> tqdm:
-    quiet, done = os.environ.get("LORA_EDU_PROGRESS") == "0", len(record["runs"])
-    return tqdm(total=done + len(todo), initial=done, desc=path.stem, unit="run", disable=quiet)
-
-
-def _failure(job: Job, error: BaseException, path: Path) -> RuntimeError:
-    return RuntimeError(
-        f"a run failed with {type(error).__name__}: {error}; its job is {job}. The runs that had finished are in "
-        f"{path}; once the cause is mended, the same command goes on"
-    )
-
-
-def _work(todo: list[Job], record: dict[str, Any], path: Path, processes: int, minutes: float | None) -> bool:
-    """Do these jobs, and put each into the record and the file once it is done; True if none is left."""
-    if not todo:
-        return True
-    machine = _here(record)
-    until = time.monotonic() + 60 * minutes if minutes else float("inf")
-    failed: list[tuple[Job, BaseException]] = []
-    running: dict[Future[dict[str, Any]], Job] = {}
-    spawn = multiprocessing.get_context("spawn")  # because CUDA does not survive a fork
-    pool = ProcessPoolExecutor(processes, mp_context=spawn, initializer=_settle, initargs=(spawn.Value("i", 0),))
-    with pool, _bar(todo, record, path) as bar:
-        while True:
-            while todo and not failed and len(running) < processes and time.monotonic() < until:
-                job = todo.pop(0)
-                running[pool.submit(_do, job)] = job
-            if not running:
-                break
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                job = running.pop(future)
-                if error := future.exception():
-                    failed.append((job, error))
-                    continue
-                line = {"job": job, "machine": machine} | future.result()
-                record["runs"].append(line)
-                _write(path, record)
-                bar.update()
-    if failed:
-        job, error = failed[0]
-        raise _failure(job, error, path) from error
-    return not todo
-
-
-def _settle(started: Any = None) -> None:
-    """One thread for each process, and TF32 on a GPU: the sweeps compare runs, ten bits are enough for that.
-
-    ``started`` counts the workers of ``--processes``, which take several GPUs in turn. Launched processes have theirs.
-    """
-    torch.set_num_threads(1)
-    torch.backends.cuda.matmul.allow_tf32 = True
-    os.environ["LORA_EDU_PROGRESS"] = "0"
-    if started is not None and torch.cuda.device_count() > 1:
-        with started.get_lock():
-            torch.cuda.set_device(started.value % torch.cuda.device_count())
-            started.value += 1
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
-
-
-def _leave_with_parent() -> None:
-    """A worker whose parent was killed would wait for its next job for ever, and keep the GPU's memory."""
-    if parent := multiprocessing.parent_process():
-        parent.join()
-        os._exit(1)
-
-
 def _do(job: Job) -> dict[str, Any]:
     settings = {name: value for name, value in job.items() if name not in ("part", "rule", "kind")}
     return look_inside(settings) if job["part"] == "inside" else run(settings)
-
-
-def _key(job: Job) -> str:
-    """A job as it stands in a file, where tuples are lists."""
-    return json.dumps(job, sort_keys=True)
 
 
 def _file_name(name: str, base: str | None) -> str:
@@ -248,13 +170,13 @@ def _record(name: str, path: Path, base: str | None = None) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         record |= {"machines": found["machines"], "runs": found["runs"]}
-        keys = {_key(line["job"]) for line in found["runs"]}
+        keys = {key(line["job"]) for line in found["runs"]}
         defaults = found["defaults"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} is no record of a sweep ({type(error).__name__}: {error}): name another file"
         ) from None
-    if strange := keys - {_key(job) for job in jobs(name, base)}:
+    if strange := keys - {key(job) for job in jobs(name, base)}:
         raise ValueError(
             f"{path} holds {len(strange)} runs that are no jobs of {name}, one of them {min(strange)}: take them out, "
             "or name another file"
@@ -262,13 +184,6 @@ def _record(name: str, path: Path, base: str | None = None) -> dict[str, Any]:
     if DEFAULTS | defaults != DEFAULTS:  # a setting that came later had its default's value before
         raise ValueError(f"{path} was recorded under other defaults ({defaults}): its jobs now mean something else")
     return record
-
-
-def _write(path: Path, record: dict[str, Any]) -> None:
-    """A run is a line, so that a diff shows what was added."""
-    lines = ",\n  ".join(json.dumps(line) for line in record["runs"])
-    head = json.dumps({key: value for key, value in record.items() if key != "runs"}, indent=1)
-    write_atomically(path, f'{head[:-2]},\n "runs": [\n  {lines}\n ]\n}}\n'.encode())
 
 
 def main() -> None:
@@ -285,11 +200,6 @@ def main() -> None:
         print(ending(complete))
     process_state().wait_for_everyone()
     process_state().destroy_process_group()
-
-
-def ending(complete: bool) -> str:
-    """What a command says at its end."""
-    return "complete" if complete else "stopped at the time limit; the same command goes on"
 
 
 if __name__ == "__main__":

@@ -1,0 +1,149 @@
+"""The book's page *Methods*: a table of the referee's results for each task, and a card for each method.
+
+The cards are the paragraphs with which methods enter (``register_entrant``), most often their files' docstrings.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from lora_edu.core.entrants import Entrant, registered_entrants
+from lora_edu.files import ROOT, data_path, write_atomically
+from lora_edu.lab.recording import referee
+from lora_edu.lab.recording.records import Spread, described
+from lora_edu.lab.recording.standings import Standing, lines, ranked, standing, verdict
+from lora_edu.lab.recording.tasks import PLAN, Plan, Task
+from lora_edu.lab.recording.trials import REFERENCE
+
+PAGE = ROOT / "book" / "methods.md"
+NOT_YET = "not measured yet"
+Standings = dict[str, Standing | None]  # by entrant, on one task
+
+ABOUT = f"""
+Every method of this library on the same small tasks. On each task its learning rate (five values) and its batch size
+are tuned on the validation split with one seed; then {{seeds}} other seeds run at what was best, and the tables show
+their results on the test split: mean ± standard deviation. All runs of a task see the same number of rows. Rates fall
+linearly after a short warm-up.
+
+*Against {REFERENCE}* compares two means: a difference that is not larger than the larger of the two standard deviations
+is **not evidence**. A rate with a star is the lowest or the highest that was tried, so that a better one may lie
+outside. *Plain loss* is the loss on a hundred plain definitions after training: how much is forgotten of what the base
+could do. *Step* is the time of a training step as a ratio to {REFERENCE}'s, measured in turns by one process alone;
+*memory* is the peak of such a step on the GPU. These are small models and short runs: the order of methods may be
+another on yours.
+"""
+
+
+def methods_page(record: dict[str, Any], plan: Plan = PLAN) -> str:
+    """The page as Markdown for ``book/``.
+
+    Args:
+        record: what the referee recorded, as ``referee.read`` gives it; it may be empty.
+        plan: the plan that it was recorded by.
+    """
+    entrants = registered_entrants()
+    text = ["<!-- Written by lora-edu lessons methods from the record and the methods' cards; do not edit it here. -->"]
+    text += ["", "# Methods", ABOUT.format(seeds=len(plan.seeds)).rstrip(), ""]
+    text += [f"Recorded by `{record['command']}`: {described(record) or NOT_YET}."]
+    text += ["", "## Results"]
+    found: dict[str, Standings] = {}
+    for name, task in plan.tasks.items():
+        here = [entrant for entrant in entrants if entrant.enters(task.place)]
+        found[name] = {entrant.name: standing(plan, record, entrant, name) for entrant in here}
+        base = lines(record, stage="base", task=name)
+        text += ["", f"### {task.title or name}", "", *_table(task, here, found[name], base)]
+    text += ["", "## Cards"]
+    for method in dict.fromkeys(entrant.method for entrant in entrants):
+        own = [entrant for entrant in entrants if entrant.method == method]
+        text += ["", *_card(method, own, found, plan)]
+    return "\n".join(text) + "\n"
+
+
+def refresh(record: Path | None = None, page: Path = PAGE) -> list[Path]:
+    """Write the page from the shipped record, and return it if it changed.
+
+    Raises:
+        ValueError: if the file is no record of the referee.
+    """
+    text = methods_page(referee.read(record or data_path("runs", f"{referee.NAME}.json")))
+    if page.exists() and page.read_text(encoding="utf-8") == text:
+        return []
+    write_atomically(page, text.encode())
+    return [page]
+
+
+def anchor(method: str) -> str:
+    """A card's anchor on the page, as MyST-Parser makes it from the heading."""
+    return re.sub(r"[^\w\- ]", "", method.strip().lower()).replace(" ", "-")
+
+
+def _table(task: Task, entrants: Iterable[Entrant], found: Standings, base: list[dict[str, Any]]) -> Iterator[str]:
+    """One task's results, the best first, those that are missing last."""
+    heads = ["", f"test {task.metric}", f"against {REFERENCE}", "plain loss", "rate", "batch"]
+    heads += ["numbers trained", "file", "step", "memory"]
+    yield f"| {' | '.join(heads)} |"
+    yield f"|{'---|' * len(heads)}"
+    method = {entrant.name: entrant.method for entrant in entrants}
+    measured = [(name, each) for name, each in found.items() if each]
+    for name, each in ranked(task, measured):
+        yield _row(f"[{name}](#{anchor(method[name])})", *_cells(task, name, each, found.get(REFERENCE)))
+    for line in base[-1:]:
+        score = line["test accuracy"] if task.classes else line["test"]
+        yield _row("*the base as it comes*", _number(task, score), "", _loss(line.get("plain")), *[""] * 6)
+    for name, missing in found.items():
+        if missing is None:
+            yield _row(f"[{name}](#{anchor(method[name])})", NOT_YET, *[""] * 8)
+
+
+def _cells(task: Task, name: str, each: Standing, reference: Standing | None) -> list[str]:
+    score = _score(task, each.score) + (f", {each.diverged} seeds diverged" if each.diverged else "")
+    compared = "" if reference is None or name == REFERENCE else verdict(task, each.score, reference.score)
+    plain = f"{each.plain.mean:.3f} ± {each.plain.sd:.3f}" if each.plain else ""
+    step = "" if each.step_ratio is None else f"{each.step_ratio:.2f}"
+    memory = "" if each.peak_bytes is None else f"{each.peak_bytes / 2**20:,.0f} MiB"
+    rate = f"{each.rate:g}" + (r"\*" if each.at_edge else "")
+    return [score, compared, plain, rate, str(each.batch), f"{each.trainable:,}", _size(each.file_bytes), step, memory]
+
+
+def _card(method: str, entrants: list[Entrant], found: dict[str, Standings], plan: Plan) -> Iterator[str]:
+    """A method's heading, its paragraphs, and its results in a list."""
+    card = entrants[0].card
+    yield from [f"### {method}", "", card["Idea"], "", f"`{card['Formula']}`", ""]
+    for word in ("Cost", "Merging", "Papers"):
+        yield from [f"**{word}.** {card[word][0].upper()}{card[word][1:]}", ""]
+    yield f"**Our result**, test loss or accuracy and how it compares with {REFERENCE}:"
+    yield ""
+    for entrant in entrants:
+        results = []
+        for name, task in plan.tasks.items():
+            if entrant.name not in found[name]:
+                continue
+            own, reference = found[name][entrant.name], found[name].get(REFERENCE)
+            said = NOT_YET if own is None else _score(task, own.score)
+            if own and reference and entrant.name != REFERENCE:
+                said += f" ({verdict(task, own.score, reference.score)})"
+            results.append(f"{task.title or name} {said}")
+        yield f"- `{entrant.name}`: {'; '.join(results)}"
+
+
+def _score(task: Task, score: Spread) -> str:
+    if task.classes:
+        return f"{100 * score.mean:.1f} ± {100 * score.sd:.1f} %"
+    return f"{score.mean:.3f} ± {score.sd:.3f}"
+
+
+def _number(task: Task, value: float | None) -> str:
+    return f"{100 * value:.1f} %" if task.classes and value is not None else _loss(value)
+
+
+def _loss(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def _size(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB" if size >= 1e6 else f"{size / 1e3:,.0f} kB"
+
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
