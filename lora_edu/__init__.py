@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from lora_edu.core.state import list_adapters, set_adapter
     from lora_edu.lab.bases import load_base
     from lora_edu.lab.datasets import load_dataset
+    from lora_edu.rivals.bitfit import BitFitConfig
+    from lora_edu.rivals.bottleneck import BottleneckConfig
+    from lora_edu.rivals.ia3 import IA3Config
+    from lora_edu.rivals.prefix import PrefixTuningConfig
+    from lora_edu.rivals.prompt import PromptTuningConfig
     from lora_edu.serving.hotswap import hotswap_adapter
     from lora_edu.serving.mixed import adapter_names
 
@@ -43,6 +48,11 @@ _HOMES = {
     "merge": "lora_edu.core.merging",
     "merge_and_unload": "lora_edu.core.merging",
     "unmerge": "lora_edu.core.merging",
+    "BitFitConfig": "lora_edu.rivals.bitfit",  # 15
+    "BottleneckConfig": "lora_edu.rivals.bottleneck",
+    "IA3Config": "lora_edu.rivals.ia3",
+    "PrefixTuningConfig": "lora_edu.rivals.prefix",
+    "PromptTuningConfig": "lora_edu.rivals.prompt",
 }
 __all__ = list(_HOMES)
 
@@ -64,7 +74,7 @@ def __dir__() -> list[str]:
 @cache
 def register_methods() -> None:
     """Import every method's file, so that it registers. The core calls this when it is first asked for a method."""
-    for room in ("core", "fast"):
+    for room in ("core", "rivals", "fast"):
         package = importlib.import_module(f"lora_edu.{room}")
         for module in pkgutil.iter_modules(package.__path__):
             importlib.import_module(f"lora_edu.{room}.{module.name}")

@@ -77,6 +77,9 @@ class AdapterConfig:
         """What ``target_modules=None`` means for this model: by default PEFT's table for LoRA."""
         return expand_targets(None, model, modules)
 
+    def complete(self, model: nn.Module) -> None:
+        """Fill in what fields of the method's own mean for this model where they are None. Called before all else."""
+
     def build(self, base_layer: nn.Module, name: str, context: InjectionContext) -> AdapterLayer:
         """The adapted layer for the module called ``name``.
 

@@ -117,6 +117,7 @@ def aimed(model: nn.Module, config: Any, adapter_name: str) -> Any:
             f"adapter_name={adapter_name!r} is a word that PyTorch's ModuleDict uses itself: choose another"
         )
     method_of(config)  # says so if there is none, before anything else is looked at
+    config.complete(model)
     if not config.replaces_layers:
         return config
     places = list(named_places(model))

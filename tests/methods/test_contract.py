@@ -1,4 +1,4 @@
-"""Nine methods from outside the package, taken through everything that an adapter can do: no change in the core.
+"""Nine methods from outside the package, and those of it, taken through everything that an adapter can do.
 
 Each either does a thing right or refuses it, naming itself; and a refusal leaves the model bit for bit as it was.
 """
@@ -20,8 +20,13 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from lora_edu import (
+    BitFitConfig,
+    BottleneckConfig,
+    IA3Config,
     LoraConfig,
     LoRALinear,
+    PrefixTuningConfig,
+    PromptTuningConfig,
     adapter_names,
     count_parameters,
     disable_adapter,
@@ -57,8 +62,16 @@ class Case:
     conv1d: bool = False
     fused: bool = True
     layers: bool = True
+    biases: bool = False  # needs a base that has some
+    at_base: bool = True  # starts at the base model
+    alone: str = ""  # what a second adapter of the method in one model is told
     swapped: str | None = None  # what a refusal to be swapped in place says
     batches: Any = None
+
+
+def scales(**more: Any) -> IA3Config:
+    inputs = [name for name in more.get("target_modules", ()) if name in ("down_proj", "c_fc")]
+    return IA3Config(feedforward_modules=inputs, **more)
 
 
 def lora(**settings: Any) -> LoraConfig:
@@ -88,10 +101,32 @@ METHODS = {
         bottleneck.BottleneckLikeConfig, "BottleneckLayer",
         additive=False, mergeable=False, conv1d=True, fused=False, swapped="BottleneckLayer",
     ),
+    "(IA)³": Case(scales, "IA3Layer", additive=False, conv1d=True, fused=False, swapped="IA3Layer"),
+    "bottleneck adapters": Case(
+        lambda **more: BottleneckConfig(bottleneck_size=5, **more), "BottleneckLayer",
+        additive=False, mergeable=False, conv1d=True, fused=False, swapped="BottleneckLayer",
+    ),
+    "BitFit": Case(
+        lambda target_modules=None, **more: BitFitConfig(**more), "TrainedBias",
+        conv1d=True, fused=False, layers=False, biases=True, alone="trains biases already",
+    ),
+    "prefix tuning": Case(
+        lambda target_modules=None, **more: PrefixTuningConfig(num_virtual_tokens=3, **more), "Prefix",
+        mergeable=False, conv1d=True, fused=False, layers=False, at_base=False,
+    ),
+    "prompt tuning": Case(
+        lambda target_modules=None, **more: PromptTuningConfig(num_virtual_tokens=3, **more), "Prompt",
+        mergeable=False, conv1d=True, fused=False, layers=False, at_base=False,
+    ),
 }  # fmt: skip
 BASES = ["biases", "no biases", "conv1d"]
 TARGETS = {"biases": ["q_proj", "down_proj"], "no biases": ["q_proj", "down_proj"], "conv1d": ["c_attn", "c_fc"]}
-PAIRS = [(name, base) for name, case in METHODS.items() for base in BASES if base != "conv1d" or case.conv1d]
+PAIRS = [
+    (name, base)
+    for name, case in METHODS.items()
+    for base in BASES
+    if (base != "conv1d" or case.conv1d) and (base != "no biases" or not case.biases)
+]
 
 
 def plain_model(base="biases", dtype=torch.float64):
@@ -199,7 +234,7 @@ def test_injects_and_starts_at_the_base(name, base):
     assert len(report.replaced) == (4 if case.layers else 0)
     assert (report.trainable, report.total) == count_parameters(model)
     assert report.trainable > 0
-    assert torch.allclose(outputs(model), expected, atol=1e-12)
+    assert torch.allclose(outputs(model), expected, atol=1e-12) == case.at_base
     assert config == case.config(target_modules=TARGETS[base])  # the model has a copy of its own
     assert not config.layers
     assert not config.targets
@@ -379,6 +414,11 @@ def test_switches_beside_itself_and_beside_lora(name):
         shake(model, adapter_name, seed)
         alone[adapter_name] = outputs(model)
     model = plain_model()
+    if METHODS[name].alone:
+        adapt(model, name)
+        with refused(model, METHODS[name].alone, "'default'"):
+            adapt(model, name, adapter_name="two")
+        return
     for adapter_name, method, seed in [("one", name, 3), ("lora", "lora", 5), ("two", name, 4)]:
         adapt(model, method, adapter_name=adapter_name)
         shake(model, adapter_name, seed)

@@ -14,6 +14,7 @@ from torch import nn
 from lora_edu.core.entrants import Place
 from lora_edu.lab.bases import load_base
 from lora_edu.lab.datasets import SPLITS, encode, encode_topics, load_dataset
+from lora_edu.lab.word_order import word_order
 
 PLAIN_ROWS = 100
 
@@ -22,6 +23,7 @@ Entries = list[dict[str, Any]]
 SOURCES: dict[str, Callable[[str], Entries]] = {
     name: partial(load_dataset, name) for name in ("devils_dictionary", "jargon", "wordnet_topics")
 }
+SOURCES["word_order"] = word_order
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,9 @@ TASKS = {
     "smollm2-bierce": Task("smollm2-135m", "devils_dictionary", 960, (8,), timed=True, title="SmolLM2 on Bierce"),
     "minilm-topics": Task(
         "minilm", "wordnet_topics", 2880, (16, 32), classes=10, timed=True, title="MiniLM on WordNet's topics"
+    ),
+    "minilm-order": Task(
+        "minilm", "word_order", 5760, (16, 32), classes=2, title="MiniLM: were two neighbouring words swapped?"
     ),
     "tiny-bierce": Task("tiny", "devils_dictionary", 960, (4, 8, 16), timed=True, title="tiny on Bierce"),
     "tiny-jargon": Task("tiny", "jargon", 960, (4, 8, 16), title="tiny on the Jargon File"),
