@@ -6,6 +6,7 @@ instrument: on texts it has not seen, from every source that it will meet, and f
 """
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -37,18 +38,24 @@ class Encoder:
         return np.stack([self.kept[text] for text in texts])
 
 
+@cache
+def shared_encoder() -> Encoder:
+    """One encoder for all judges of a process, so that a text is computed once, whoever asks."""
+    return Encoder()
+
+
 class AuthorJudge:
     """How probable it is that a text is one of the author's: logistic regression on the texts' vectors.
 
     Args:
-        encoder: texts to vectors; several judges may share one, so that no text is computed twice.
+        encoder: texts to vectors; by default the one that all judges share.
         C: scikit-learn's: how freely the weights may grow.
 
     Built in lesson 12.
     """
 
     def __init__(self, encoder: Encoder | None = None, C: float = 10.0):
-        self.encoder = encoder or Encoder()
+        self.encoder = encoder or shared_encoder()
         self.C = C
         self.classifier: Any = None
 
