@@ -4,7 +4,7 @@
     python data/record_answers.py --out FILE
 
 Every finished system is in the file at once; started again, the script does what is missing. All text is greedy, on the
-CPU in float32, in batches of 17, cut after 25 tokens.
+CPU in float32, in batches of 20, cut after 25 tokens.
 """
 
 import argparse
@@ -14,11 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from lora_edu import disable_adapter, load_adapter, load_base, load_dataset
-from lora_edu.core.adapter import adapter_layers
 from lora_edu.files import data_path
 from lora_edu.lab.chat_rows import ChatRow, encode_rows, row_losses, with_examples
 from lora_edu.lab.datasets import encode, format_entry
@@ -26,16 +24,14 @@ from lora_edu.lab.recording.experiments import punctuated
 from lora_edu.lab.recording.records import surroundings, write_record
 from lora_edu.lab.training import evaluate, generate
 
-TOKENS, BATCH, ROW = 25, 17, 96
-EXAMPLES, NEGATIVES = 10, 150
+TOKENS, BATCH, ROW = 25, 20, 96
+WORDS, EXAMPLES, NEGATIVES = 60, 10, 120
 ASKED = "Define the word in one witty, cynical sentence, as Ambrose Bierce did in The Devil's Dictionary: {word}"
 CAPITALS = {
     "France": "Paris", "Japan": "Tokyo", "Germany": "Berlin", "Russia": "Moscow", "Egypt": "Cairo",
     "Greece": "Athens", "China": "Beijing", "England": "London", "Italy": "Rome", "Spain": "Madrid",
     "Portugal": "Lisbon", "Ireland": "Dublin", "Austria": "Vienna", "Poland": "Warsaw", "Hungary": "Budapest",
-    "Sweden": "Stockholm", "Norway": "Oslo", "Finland": "Helsinki", "Denmark": "Copenhagen", "Turkey": "Ankara",
-    "Iran": "Tehran", "Iraq": "Baghdad", "India": "New Delhi", "Thailand": "Bangkok", "South Korea": "Seoul",
-    "Canada": "Ottawa", "Mexico": "Mexico City", "Cuba": "Havana", "Peru": "Lima", "Kenya": "Nairobi",
+    "Sweden": "Stockholm", "Norway": "Oslo", "Denmark": "Copenhagen", "India": "New Delhi", "Cuba": "Havana",
 }  # fmt: skip
 
 
@@ -56,9 +52,10 @@ class Models:
     def __init__(self) -> None:
         self.smollm2, self.tokenizer = load_base("smollm2-135m")
         load_adapter(self.smollm2, data_path("adapters", "smollm2-devils-dictionary"))
-        self.entries = load_dataset("devils_dictionary", "test")
+        held_out = load_dataset("devils_dictionary", "test")
+        self.entries = [held_out[place] for place in sorted(random.Random(0).sample(range(len(held_out)), WORDS))]
         training = load_dataset("devils_dictionary", "train")
-        short = [entry for entry in training if 20 < len(entry["definition"]) < 100]
+        short = [entry for entry in training if 20 < len(entry["definition"]) < 80]
         self.examples = random.Random(0).sample(short, EXAMPLES)
         self.negatives = random.Random(1).sample(training, NEGATIVES)
         self.plain = load_dataset("wordnet_glosses", "validation")[:100]
@@ -108,17 +105,6 @@ class Models:
     def adapter(self) -> dict[str, Any]:
         return self.scored(define) | self.kept()
 
-    def half(self) -> dict[str, Any]:
-        """The same adapter with half its scale."""
-        layers = adapter_layers(self.smollm2).values()
-        for layer in layers:
-            layer.scaling /= 2
-        try:
-            return self.scored(define) | self.kept()
-        finally:
-            for layer in layers:
-                layer.scaling *= 2
-
     def tiny(self) -> dict[str, Any]:
         """tiny with its own adapter. Its tokens are others, so its loss cannot be compared and is left out."""
         model, tokenizer = load_base("tiny")
@@ -132,16 +118,14 @@ def batches(model: nn.Module, tokenizer: Any, prompts: list[str]) -> list[str]:
     return [text for part in parts for text in generate(model, tokenizer, part, max_new_tokens=TOKENS)]
 
 
-def main(out: Path) -> None:
-    """Do what is missing in the file."""
-    torch.set_num_threads(2)
+def main(out: Path, only: list[str] | None = None) -> None:
+    """Do what is missing in the file, or of it only some systems."""
     models = Models()
     systems = {
         "base": models.base,
         "adapter": models.adapter,
         "tiny": models.tiny,
         "asked": models.asked,
-        "half": models.half,
         "ten examples": models.ten_examples,
     }
     record = {
@@ -158,7 +142,7 @@ def main(out: Path) -> None:
     if out.exists():
         record["systems"] = json.loads(out.read_text(encoding="utf-8"))["systems"]
     for name, recorded in systems.items():
-        if name not in record["systems"]:
+        if name not in record["systems"] and (only is None or name in only):
             record["systems"][name] = recorded()
             write_record(record, out)
             print(f"{name}: recorded", flush=True)
@@ -167,4 +151,6 @@ def main(out: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=data_path("runs", "answers.json"))
-    main(parser.parse_args().out)
+    parser.add_argument("--only", nargs="+", help="do these systems and leave out others")
+    given = parser.parse_args()
+    main(given.out, given.only)
