@@ -17,6 +17,7 @@ from lora_edu.files import data_path
 from lora_edu.lab.bases import BaseMissing, require_gguf
 from lora_edu.lab.datasets import format_chat, prompt_ids
 from lora_edu.serving.gguf import permuted, save_adapter_gguf, save_model_gguf
+from lora_edu.serving.llama_cpp import LlamaCpp
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
@@ -274,30 +275,14 @@ def llama_cpp():
     )
 
 
-def serve(xllamacpp, base, adapters):
+def serve(base, adapters):
     """llama.cpp in this process, with its intermediate results in float32 as far as it lets one choose."""
-    params = xllamacpp.CommonParams()
-    params.model.path = str(base)
-    params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(path), 0.0) for path in adapters]
-    params.n_ctx, params.n_parallel, params.warmup, params.verbosity = 256, 1, False, 0
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 2
-    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-    return xllamacpp.Server(params)
+    return LlamaCpp(base, adapters, context=256, float32=True)
 
 
 def answer(server, ids, scales, tokens=24):
     """(the greedy answer's token ids, {id: logarithm of its probability} of the likeliest first tokens)."""
-    loras = [{"id": number, "scale": scale} for number, scale in enumerate(scales)]
-    request = {
-        "prompt": ids,
-        "n_predict": tokens,
-        "temperature": 0,
-        "n_probs": 10,
-        "lora": loras,
-        "cache_prompt": False,
-    }
-    content = server.handle_completions(request)["choices"][0]["logprobs"]["content"]
+    content = server.complete(ids, scales, tokens, n_probs=10)["choices"][0]["logprobs"]["content"]
     return [each["id"] for each in content], {each["id"]: each["logprob"] for each in content[0]["top_logprobs"]}
 
 
@@ -342,7 +327,7 @@ def tiny(llama_cpp, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ours, "permuted", lambda rows, heads: rows)
         files.append(save_adapter_gguf(model, folder / "unpermuted.gguf", adapter_name="devils-dictionary"))
-    server = serve(llama_cpp, base, files)
+    server = serve(base, files)
     ids = prompt_ids("politician (noun):", tokenizer)
     return SimpleNamespace(model=model.eval(), names=names, base=base, server=server, ids=ids)
 
@@ -372,16 +357,31 @@ def test_a_merged_model_answers_as_its_adapter_beside_the_base(llama_cpp, tiny, 
     model, _ = load_base("tiny")
     load_adapter(model, data_path("adapters", "tiny-jargon"))
     merged = save_model_gguf(merge_and_unload(model), tmp_path / "merged.gguf", tiny.base, "f32")
-    text, logprobs = answer(serve(llama_cpp, merged, []), tiny.ids, [])
+    text, logprobs = answer(serve(merged, []), tiny.ids, [])
     other_text, others = answer(tiny.server, tiny.ids, (0, 1, 0, 0))
     assert text == other_text
     assert distance(logprobs, others) < 1e-3
 
 
+@pytest.mark.parity
+def test_asked_for_text_it_answers_with_the_adapter_that_the_request_scales(tiny):
+    ids, logprobs = answer(tiny.server, tiny.ids, (0, 1), tokens=8)
+    said = load_base("tiny")[1].decode(ids, skip_special_tokens=True).strip()
+    assert tiny.server.ask(tiny.ids, (0, 1), 8) == said != tiny.server.ask(tiny.ids, max_new_tokens=8)
+    assert tiny.server.first_logprobs(tiny.ids, (0, 1)) == logprobs
+
+
+@pytest.mark.errors
+def test_without_the_package_it_says_how_to_get_it(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"pip install 'lora-edu\[serve\]'"):
+        LlamaCpp("base.gguf")
+
+
 @pytest.mark.errors
 def test_llama_cpp_refuses_an_adapter_of_another_base(llama_cpp, tiny, tmp_path):
     with pytest.raises(RuntimeError, match="Failed to init server"):
-        serve(llama_cpp, tiny.base, [save_adapter_gguf(SHIPPED, tmp_path / "adapter.gguf")])
+        serve(tiny.base, [save_adapter_gguf(SHIPPED, tmp_path / "adapter.gguf")])
 
 
 @pytest.fixture(scope="module")
@@ -401,7 +401,7 @@ def smollm2(llama_cpp):
 @pytest.mark.parity
 def test_smollm2_and_its_adapter_answer_in_llama_cpp(llama_cpp, smollm2, tmp_path):
     base = save_model_gguf(load_base("smollm2-135m")[0], tmp_path / "base.gguf", smollm2.base_file, "f32")
-    server = serve(llama_cpp, base, [save_adapter_gguf(SHIPPED, tmp_path / "adapter.gguf")])
+    server = serve(base, [save_adapter_gguf(SHIPPED, tmp_path / "adapter.gguf")])
     for prompt in smollm2.prompts:
         text, logprobs = answer(server, prompt, [1])  # as text: llama.cpp's tokenizer has come along
         their_text, theirs = expected(smollm2.model, prompt_ids(prompt, smollm2.tokenizer), {"default": 1})
@@ -413,7 +413,7 @@ def test_smollm2_and_its_adapter_answer_in_llama_cpp(llama_cpp, smollm2, tmp_pat
 @pytest.mark.parity
 def test_the_four_bit_base_answers_but_for_the_rounding_of_its_activations(llama_cpp, smollm2, tmp_path):
     # llama.cpp rounds what enters a 4-bit matrix to 8 bits. Which scale it was can still be told.
-    server = serve(llama_cpp, smollm2.base_file, [save_adapter_gguf(smollm2.model, tmp_path / "adapter.gguf")])
+    server = serve(smollm2.base_file, [save_adapter_gguf(smollm2.model, tmp_path / "adapter.gguf")])
     for prompt in smollm2.prompts:
         ids, scales = prompt_ids(prompt, smollm2.tokenizer), (0, 0.5, 1)
         theirs = {scale: expected(smollm2.model, ids, {"default": scale}, tokens=1)[1] for scale in scales}

@@ -146,6 +146,14 @@ def test_rslora_divides_by_the_root(made):
     assert "√r = 16 / √8" in found(report, "ok", "scale").sentence
 
 
+@pytest.mark.parametrize("rule", [{"use_rslora": True}, {"alpha_pattern": {"q_proj": 4}}, {}])
+def test_what_llama_cpps_converter_loses_is_said(made, rule):
+    report = inspect_adapter(made(rule))
+    lost = [finding for finding in report.findings if finding.code == "lost-in-gguf"]
+    assert [(each.level, each.lesson) for each in lost] == [("note", "13")] * len(rule)
+    assert all(next(iter(rule)) in each.sentence for each in lost)
+
+
 def test_rank_pattern(made, parts):
     tensors = changed(changed(parts[1], Q0, "lora_A", lambda A: A[:4]), Q0, "lora_B", lambda B: B[:, :4])
     sound = inspect_adapter(made({"rank_pattern": {"layers.0.self_attn.q_proj": 4}}, tensors), "tiny")
@@ -319,6 +327,11 @@ def test_some_dead_factors_are_a_note(made, parts):
 def test_what_only_the_base_can_tell(made, parts, spoil, code, words):
     report = inspect_adapter(made(tensors=spoil(parts[1])), "tiny")
     assert words in found(report, "wrong", code).sentence
+
+
+def test_whether_the_output_changes_is_the_matter_of_lesson_13(made, parts):
+    assert found(inspect_adapter(JARGON, "tiny"), "ok", "output").lesson == "13"
+    assert found(inspect_adapter(made(tensors=dead(parts[1])), "tiny"), "wrong", "output").lesson == "13"
 
 
 def test_what_load_adapter_refuses_is_said(made, parts):

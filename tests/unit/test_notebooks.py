@@ -29,6 +29,16 @@ print("before")
 plots.show(plots.losses({"a": [2, 1]}), alt="It falls from 2 to 1.")"""
 
 
+def test_what_a_cell_printed_can_be_shown_elsewhere():
+    for path in notebooks.list_notebooks():
+        for cell in read(path).cells:
+            printed = [each.text for each in cell.get("outputs", []) if each.output_type == "stream"]
+            if printed:
+                assert notebooks.stored_text(path.name[:2], cell.id) == "".join(printed).rstrip("\n")
+    with pytest.raises(NotebookError, match=r"03_lora_layer\.ipynb has no cell 'nowhere'"):
+        notebooks.stored_text("03", "nowhere")
+
+
 def test_update_gives_the_same_file_twice(tmp_path):
     source = book(new_markdown_cell("# T"), new_code_cell("x = 2\nx"), new_code_cell("import os; os.getcwd()[-4:]"))
     source.cells[1].metadata = {"ExecuteTime": 1, "collapsed": True}

@@ -66,6 +66,19 @@ def read(path: Path) -> NotebookNode:
         raise NotebookError(f"{path}: not a notebook ({str(error).splitlines()[0]})") from error
 
 
+def stored_text(name: str, cell_id: str) -> str:
+    """What a lesson's cell printed when it was stored, for readers who lack what the cell needs.
+
+    Raises:
+        NotebookError: if there is no such lesson, or no such cell in it.
+    """
+    path = find_notebook(name)
+    cell = next((cell for cell in read(path).cells if cell.get("id") == cell_id), None)
+    if cell is None:
+        raise NotebookError(f"{path.name} has no cell {cell_id!r}")
+    return "".join(output.text for output in cell.get("outputs", []) if output.output_type == "stream").rstrip("\n")
+
+
 def title(notebook: NotebookNode) -> str:
     """The text of a notebook's first heading."""
     lines = (line for cell in notebook.cells if cell.cell_type == "markdown" for line in cell.source.split("\n"))

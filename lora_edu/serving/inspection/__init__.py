@@ -1,1 +1,1 @@
-"""``lora-edu inspect``: what is in an adapter's file, whether it fits a base, what it changes. Lessons 08 to 11."""
+"""``lora-edu inspect``: what is in an adapter's file, whether it fits a base, what it changes. Lessons 08 to 13."""

@@ -167,9 +167,9 @@ def check_output(model: nn.Module, tokenizer: Any, effect: Effect) -> Iterator[F
     if change.largest == 0:
         yield Finding(
             "wrong", "output", f"On {change.prompt!r} the output is the base's, bit for bit: the adapter does nothing.",
-            "11", "Look for what is zero or has no place.",
+            "13", "Look for what is zero or has no place.",
         )  # fmt: skip
         return
     words = "" if change.before is None else f"; the next token is {change.before!r} before and {change.after!r} after"
     said = f"On {change.prompt!r} the output moves by {change.relative:.1%} of its length{words}."
-    yield Finding("ok", "output", said, "09")
+    yield Finding("ok", "output", said, "13")

@@ -1,4 +1,4 @@
-"""One inspection from path to report, which a terminal, a program and a figure can show. Lessons 08, 09 and 11."""
+"""One inspection from path to report, which a terminal, a program and a figure can show. Lessons 08 to 13."""
 
 from __future__ import annotations
 

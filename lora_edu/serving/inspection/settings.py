@@ -103,6 +103,13 @@ def start_and_alpha(config: Any) -> Iterator[Finding]:
             "note", "alpha-left", f"r was raised to {config.r}, and lora_alpha is still {alpha:g}, the default.", "10",
             "If that was not meant, train again: a scale that is changed afterwards is another adapter.",
         )  # fmt: skip
+    if config.use_rslora or config.alpha_pattern:
+        rule = "use_rslora" if config.use_rslora else "alpha_pattern"
+        yield Finding(
+            "note", "lost-in-gguf",
+            f"llama.cpp's convert_lora_to_gguf.py does not read {rule}: the file that it writes loads without a "
+            "warning and has another scale.", "13", "Write the file with save_adapter_gguf.",
+        )  # fmt: skip
 
 
 def image_settings(adapter: Adapter) -> Iterator[Finding]:
