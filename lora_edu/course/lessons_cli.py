@@ -90,6 +90,9 @@ def mine(
     small: Annotated[
         bool, typer.Option("--small", help="A few rows and steps, to see whether all of it runs.")
     ] = False,
+    max_length: Annotated[
+        int | None, typer.Option(min=16, help="Tokens of a row, by default 256; what is longer is cut.")
+    ] = None,
     to: Annotated[Path | None, typer.Option(help="The folder for the copy and its results; by default work/.")] = None,
 ) -> None:
     """Your own rows in, your own adapter out: make a copy of my_adapter.ipynb for a file of conversations.
@@ -104,7 +107,7 @@ def mine(
 
     if execute:
         require_base("smollm2-135m")
-    copy = copy_for(file, small, to or WORK)
+    copy = copy_for(file, small, max_length, to or WORK)
     parts = ", ".join(f"{name} {count}" for name, count in copy.parts.items())
     console.print(f"{copy.rows} rows, without copies: {parts}", markup=False)
     console.print(f"your copy is {copy.notebook}", markup=False)

@@ -42,6 +42,7 @@ def test_a_copy_is_filled_in_and_never_overwritten(tmp_path):
     found = settings(first.notebook)
     assert (found["FILE"], found["FOLDER"], found["SMALL"]) == (str(rows), rows.stem, False)
     assert settings(second.notebook) == {**found, "FOLDER": f"{rows.stem}_2", "SMALL": True}
+    assert settings(mine.copy_for(rows, max_length=512, target=tmp_path).notebook)["MAX_LENGTH"] == 512
     assert not any(cell.get("outputs") for cell in read(first.notebook).cells)
 
 

@@ -26,12 +26,13 @@ class Copy:
     parts: dict[str, int]
 
 
-def copy_for(file: Path, small: bool = False, target: Path = WORK) -> Copy:
+def copy_for(file: Path, small: bool = False, max_length: int | None = None, target: Path = WORK) -> Copy:
     """Check a file of rows, and write a copy of the notebook with its path filled in. Nothing is overwritten.
 
     Args:
         file: one JSON object a line, each with ``messages``.
         small: a few rows and steps only, to see whether everything runs.
+        max_length: tokens of a row, where the notebook's own number does not fit; what is longer is cut.
         target: the folder for the copy; it gets the file's name, or that name with a number if it is taken.
 
     Raises:
@@ -45,7 +46,8 @@ def copy_for(file: Path, small: bool = False, target: Path = WORK) -> Copy:
     notebook = free_name(target, file.stem)
     folder = notebook.with_suffix("")
     copy = clear_outputs(read(MINE))
-    fill_in(copy, FILE=str(file.resolve()), FOLDER=folder.name, SMALL=small)
+    lengths = {} if max_length is None else {"MAX_LENGTH": max_length}
+    fill_in(copy, FILE=str(file.resolve()), FOLDER=folder.name, SMALL=small, **lengths)
     write(normalise(copy), notebook)
     return Copy(notebook, folder, len(rows), parts)
 
