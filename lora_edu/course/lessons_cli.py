@@ -1,4 +1,4 @@
-"""``lora-edu lessons …``: list, run, exercises, claims, methods, reset, export."""
+"""``lora-edu lessons …``: list, run, mine, exercises, claims, methods, reset, export."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,7 +7,19 @@ import typer
 
 from lora_edu.course.console import console, fail, friendly, progress_bar
 
-lessons = typer.Typer(no_args_is_help=True, help="List, run, reset and export the lessons.")
+MINE_EXAMPLE = """
+A line of the file:
+
+{"messages": [{"role": "user", "content": "When do you open?"}, {"role": "assistant", "content": "At nine."}]}
+
+Try it on sample rows:
+
+lora-edu lessons mine data/samples/jargon.jsonl --run --small
+"""
+
+lessons = typer.Typer(
+    no_args_is_help=True, help="List, run, reset and export the lessons; an adapter for your own rows."
+)
 
 
 @lessons.command("list")
@@ -68,6 +80,49 @@ def run(
             console.print(f"wrote {EXERCISES.name}/{source.name}")
     claims()
     methods()
+
+
+@lessons.command("mine", epilog=MINE_EXAMPLE)
+@friendly
+def mine(
+    file: Annotated[Path, typer.Argument(help="Your rows: one JSON object a line, with messages.")],
+    execute: Annotated[
+        bool, typer.Option("--run", help="Also execute the copy, about 30 minutes for a few hundred rows.")
+    ] = False,
+    small: Annotated[
+        bool, typer.Option("--small", help="A few rows and steps, to see whether all of it runs.")
+    ] = False,
+    max_length: Annotated[
+        int | None, typer.Option(min=16, help="Tokens of a row, by default 256; what is longer is cut.")
+    ] = None,
+    to: Annotated[Path | None, typer.Option(help="The folder for the copy and its results; by default work/.")] = None,
+) -> None:
+    """Your own rows in, your own adapter out: make a copy of my_adapter.ipynb for a file of conversations.
+
+    The file is checked first. The notebook looks for copies and leaks, splits, compares with examples in the prompt,
+    trains LoRA on SmolLM2, measures on held-out rows, and writes the adapter, its card and a GGUF file; then it asks
+    llama.cpp. An adapter or a notebook that is there is never overwritten.
+    """
+    from lora_edu.course.notebooks.mine import copy_for, run_copy, told
+    from lora_edu.course.notebooks.work import WORK
+    from lora_edu.lab.bases import require_base
+
+    if execute:
+        require_base("smollm2-135m")
+    copy = copy_for(file, small, max_length, to or WORK)
+    parts = ", ".join(f"{name} {count}" for name, count in copy.parts.items())
+    console.print(f"{copy.rows} rows, without copies: {parts}", markup=False)
+    console.print(f"your copy is {copy.notebook}", markup=False)
+    if not execute:
+        where = "lora-edu lab" if to is None else f"jupyter lab {copy.notebook}"
+        console.print(f"Open it with: {where}, and run all cells; the adapter will be in {copy.folder}", markup=False)
+        return
+    with progress_bar("cells", 1) as start:
+        results = run_copy(copy, start(copy.notebook.stem))
+    console.print(told(results), markup=False)
+    console.print(
+        f"The adapter is in {copy.folder / 'adapter'}, as GGUF in {copy.folder / 'adapter.gguf'}", markup=False
+    )
 
 
 @lessons.command("exercises")

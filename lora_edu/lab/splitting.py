@@ -83,14 +83,15 @@ def runs_of(row: ChatRow) -> set[str]:
     return {" ".join(words[i : i + RUN]) for words in found for i in range(len(words) - RUN + 1)}
 
 
-def split_rows(
-    rows: Sequence[ChatRow], validation: float = 0.15, test: float = 0.15, seed: int = 0
-) -> dict[str, list[ChatRow]]:
-    """Split at random, so that all rows of one question, and rows that are nearly the same, stay on one side.
+def split_rows(rows: Sequence[ChatRow], share: float = 0.15, most: int = 60, seed: int = 0) -> dict[str, list[ChatRow]]:
+    """Split into "train", "validation" (to choose by) and "test" (to report), at random by question.
+
+    All rows of one question, and rows that are nearly the same, stay on one side. A group of them that is larger than
+    what is left to hold out is trained on.
 
     Args:
-        validation, test: the shares held out, to choose by and to report. The rows of a group that is larger than
-            what is left to hold out are trained on.
+        share: of the rows, for each of the two parts that are held out.
+        most: rows in each of them, however many there are: a rival with long prompts is measured on them, too.
 
     Raises:
         ValueError: if there are so few different questions that nothing would be held out.
@@ -104,12 +105,13 @@ def split_rows(
     for place, label in enumerate(labels):
         groups[label].append(place)
     random.Random(seed).shuffle(groups)
-    room = {"validation": round(validation * len(rows)), "test": round(test * len(rows))}
+    room = dict.fromkeys(("validation", "test"), min(most, round(share * len(rows))))
     split: dict[str, list[int]] = {"train": [], "validation": [], "test": []}
     for group in groups:
         name = next((name for name, left in room.items() if len(group) <= left), "train")
         split[name] += group
-        room[name] = room.get(name, 0) - len(group)
+        if name in room:
+            room[name] -= len(group)
     if min(map(len, split.values())) < 2:
         raise ValueError(
             f"{len(rows)} rows with {count} different questions: too few to hold some out to choose by, and others to "

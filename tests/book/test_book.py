@@ -62,6 +62,7 @@ def test_every_lesson_solution_and_module_has_a_page(html):
     wanted = [f"lessons/{path.stem}.html" for path in list_notebooks(LESSONS)]
     wanted += [f"lessons/solutions/{path.stem}.html" for path in list_notebooks(SOLUTIONS)]
     wanted += [f"lessons/exercises/{path.stem}.html" for path in list_notebooks(SOLUTIONS)]
+    wanted += ["lessons/my_adapter.html"]
     wanted += [f"api/{name}.html" for name in book.modules()]
     wanted += ["index.html", "data/README.html", "licences.html", "contributing.html", "changelog.html", "search.html"]
     wanted += [

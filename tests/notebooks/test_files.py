@@ -7,7 +7,7 @@ import pytest
 from lora_edu.course.notebooks import inspection
 from lora_edu.course.notebooks.exercises import outdated
 from lora_edu.course.notebooks.predictions import shares
-from lora_edu.course.notebooks.stored import EXERCISES, LESSONS, SOLUTIONS, list_notebooks, read
+from lora_edu.course.notebooks.stored import EXERCISES, LESSONS, MINE, SOLUTIONS, list_notebooks, read
 from lora_edu.course.publish import methods
 from lora_edu.course.publish.claims import PAGE, claims_page, lessons_by_claim, read_ledger, unlinked_claims
 from lora_edu.files import data_path
@@ -28,12 +28,12 @@ def test_there_are_lessons_with_solutions_and_exercises():
     assert [path.name for path in EXERCISE_FILES] == [path.name for path in LESSON_FILES]
 
 
-@pytest.mark.parametrize("path", LESSON_FILES + SOLUTION_FILES + EXERCISE_FILES, ids=named)
+@pytest.mark.parametrize("path", [*LESSON_FILES, *SOLUTION_FILES, *EXERCISE_FILES, MINE], ids=named)
 def test_form(path):
     assert list(inspection.problems_of_any(path)) == []
 
 
-@pytest.mark.parametrize("path", LESSON_FILES + SOLUTION_FILES, ids=named)
+@pytest.mark.parametrize("path", [*LESSON_FILES, *SOLUTION_FILES, MINE], ids=named)
 def test_outputs(path):
     assert list(inspection.problems_of_executed(read(path))) == []
 

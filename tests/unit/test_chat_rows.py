@@ -141,6 +141,7 @@ def test_rows_of_one_question_and_near_duplicates_stay_on_one_side(seed):
     assert [len(split[name]) for name in ("validation", "test")] == [12, 12]
     assert split == split_rows(rows, seed=seed)
     assert split != split_rows(rows, seed=seed + 1)
+    assert [len(part) for part in split_rows(rows, most=5, seed=seed).values()] == [72, 5, 5]
 
 
 def test_a_question_with_very_many_rows_is_trained_on():

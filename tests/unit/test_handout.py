@@ -154,6 +154,7 @@ def test_with_the_library_it_can_be_installed(tmp_path):
     assert [name for name in there if name.endswith(".ipynb")] == [
         "lessons/00_start_here.ipynb",
         "lessons/exercises/00_start_here.ipynb",
+        "lessons/my_adapter.ipynb",
     ]
     assert not [name for name in there if "__pycache__" in name or name.startswith(("tests", ".git", "build"))]
 

@@ -20,7 +20,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from nbformat import NotebookNode
 
-from lora_edu.course.notebooks.stored import KERNELSPEC, NotebookError, clear_outputs, normalise, read, write
+from lora_edu.course.notebooks.stored import KERNELSPEC, MINE, NotebookError, clear_outputs, normalise, read, write
 from lora_edu.quick import ENVIRONMENT
 
 TIMEOUT = 180  # seconds a cell may take
@@ -51,7 +51,8 @@ def execute(
     folder: Path,
     name: str,
     progress: Progress | None = None,
-    timeout: int = TIMEOUT,
+    timeout: int | None = TIMEOUT,
+    variables: dict[str, str] | None = None,
 ) -> NotebookNode:
     """Run all cells in a fresh kernel of this Python and store their outputs in the notebook.
 
@@ -60,7 +61,8 @@ def execute(
         folder: the kernel's working directory.
         name: the notebook's name, for messages.
         progress: called with (cells done, cells) before the first and after each cell.
-        timeout: seconds that one cell may take.
+        timeout: seconds that one cell may take; None for as long as it takes.
+        variables: the kernel's environment; the one of the stored outputs if not given.
 
     Raises:
         NotebookError: naming notebook, cell and exception, if a cell fails, takes too long or ends the kernel.
@@ -98,7 +100,7 @@ def execute(
         on_notebook_start=heed_the_keyboard,
     )
     try:
-        client.execute(env=environment())
+        client.execute(env=environment() if variables is None else variables)
     except CellExecutionError as error:
         value = re.sub(r"\x1b\[[0-9;]*m", "", str(error.evalue)).strip().split("\n")[0]
         raise NotebookError(f"{_where(name, cells, current)}: {error.ename}: {value}") from None
@@ -123,4 +125,9 @@ def update(source: Path, target: Path, progress: Progress | None = None) -> None
     """Execute the notebook at ``source`` in the folder of ``target`` and write the result there."""
     target.parent.mkdir(parents=True, exist_ok=True)
     notebook = clear_outputs(read(source))
-    write(normalise(execute(notebook, target.parent, source.stem, progress)), target)
+    write(normalise(execute(notebook, target.parent, source.stem, progress, time_limit(source))), target)
+
+
+def time_limit(source: Path) -> int | None:
+    """Seconds that a cell of this notebook may take: of lessons few, of my_adapter as many as it needs."""
+    return None if source.name == MINE.name else TIMEOUT

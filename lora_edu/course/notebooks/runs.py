@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_edu.course.notebooks.execute import Progress, execute
+from lora_edu.course.notebooks.execute import Progress, execute, time_limit
 from lora_edu.course.notebooks.stored import BUILD, LESSONS, NotebookError, clear_outputs, normalise, read, write
 from lora_edu.files import ROOT, data_folder
 from lora_edu.quick import ENVIRONMENT
@@ -84,7 +84,7 @@ def run(
             continue
         began = time.monotonic()
         try:
-            notebook = execute(clear_outputs(read(source)), target, source.stem, moved)
+            notebook = execute(clear_outputs(read(source)), target, source.stem, moved, time_limit(source))
         except NotebookError as error:
             moved(0, 0)
             runs.append(Run(source.stem, time.monotonic() - began, error=str(error)))

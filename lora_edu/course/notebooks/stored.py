@@ -11,6 +11,7 @@ from lora_edu.files import ROOT, write_atomically
 LESSONS = ROOT / "lessons"
 SOLUTIONS = LESSONS / "solutions"
 EXERCISES = LESSONS / "exercises"
+MINE = LESSONS / "my_adapter.ipynb"  # no lesson: the form that a person's own rows are filled into
 BUILD = ROOT / "build"
 
 KERNELSPEC = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
@@ -37,13 +38,15 @@ def list_notebooks(folder: Path = LESSONS) -> list[Path]:
 def find_notebook(name: str | Path, folder: Path = LESSONS) -> Path:
     """A notebook by path, by file name with or without its ending, or by number: "3", "03", "03_lora_layer".
 
+    Lessons have numbers; ``my_adapter`` is found by its name alone.
+
     Raises:
         NotebookError: if there is none, or more than one.
     """
     if Path(name).suffix == ".ipynb" and Path(name).is_file():
         return Path(name).resolve()
     stem = Path(name).stem if Path(name).suffix == ".ipynb" else Path(name).name
-    there = list_notebooks(folder)
+    there = [*list_notebooks(folder), *(path for path in [folder / MINE.name] if path.is_file())]
     wanted = f"{int(stem):02d}_" if stem.isdecimal() else stem
     found = [path for path in there if path.stem == wanted or (stem.isdecimal() and path.name.startswith(wanted))]
     if len(found) != 1:

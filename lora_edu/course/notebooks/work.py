@@ -9,6 +9,7 @@ from lora_edu.course.notebooks.stored import (
     BUILD,
     EXERCISES,
     LESSONS,
+    MINE,
     NotebookError,
     dumps,
     find_notebook,
@@ -34,7 +35,8 @@ def refresh(work: Path = WORK, lessons: Path = LESSONS) -> tuple[list[str], list
     """
     known = _known(work)
     written, left = [], []
-    for source in [*list_notebooks(lessons), *list_notebooks(lessons / "exercises")]:
+    form = [path for path in [lessons / MINE.name] if path.exists()]
+    for source in [*list_notebooks(lessons), *form, *list_notebooks(lessons / "exercises")]:
         name = source.relative_to(lessons).as_posix()
         target, fresh = work / name, _fresh(source)
         if target.exists() and _sum(target.read_text(encoding="utf-8")) != known.get(name):

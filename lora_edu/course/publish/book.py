@@ -15,6 +15,7 @@ from lora_edu.course.notebooks.stored import (
     BUILD,
     EXERCISES,
     LESSONS,
+    MINE,
     SOLUTIONS,
     NotebookError,
     list_notebooks,
@@ -77,6 +78,7 @@ def stage(executed: Path, seconds: dict[str, float], target: Path = SOURCE) -> N
     built_in = _names_by_lesson()
     for path in list_notebooks(executed):
         _stage_notebook(path, fresh / "lessons" / path.name, built_in.get(path.name[:2], []))
+    _stage_notebook(MINE, fresh / "lessons" / MINE.name)
     for folder in (EXERCISES, SOLUTIONS):
         for path in list_notebooks(folder):
             _stage_notebook(path, fresh / "lessons" / folder.name / path.name)

@@ -8,6 +8,7 @@ from pathlib import Path
 from lora_edu.course.notebooks.stored import (
     EXERCISES,
     LESSONS,
+    MINE,
     NotebookError,
     dumps,
     find_notebook,
@@ -106,6 +107,7 @@ def contents(lessons: list[Path], exercises: Path = EXERCISES, library: bool = F
     for name in LICENCES:
         files[name] = (ROOT / name).read_bytes()
     if library:
+        files[MINE.relative_to(ROOT).as_posix()] = _cleared(MINE)  # which lora-edu lessons mine copies
         for name in LIBRARY:
             files[name] = (ROOT / name).read_bytes()
         for path in (path for name in FOLDERS for path in (ROOT / name).rglob("*")):
