@@ -64,7 +64,7 @@ def __dir__() -> list[str]:
 @cache
 def register_methods() -> None:
     """Import every method's file, so that it registers. The core calls this when it is first asked for a method."""
-    for room in ("fast",):
+    for room in ("core", "fast"):
         package = importlib.import_module(f"lora_edu.{room}")
         for module in pkgutil.iter_modules(package.__path__):
             importlib.import_module(f"lora_edu.{room}.{module.name}")

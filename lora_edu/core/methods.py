@@ -1,7 +1,7 @@
 """The methods that are known: which one serves a config, and how it builds its layers. Lesson 04.
 
 No code in ``core``, ``fast``, ``serving`` or ``lab`` knows a method by name. A method's file brings its config and its
-layers together and calls ``register``; ``inject`` finds it here.
+layers together and calls ``register``; ``inject`` finds it here. ``core/entrants.py`` lets it join the comparison.
 """
 
 from __future__ import annotations

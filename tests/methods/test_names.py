@@ -19,7 +19,7 @@ from lora_edu.core.adapter import AdapterLayer
 from lora_edu.core.config import AdapterConfig
 
 ROOMS = ("core", "fast", "serving", "lab")
-HOME = {"core.layer", "core.config"}  # of LoRA, the only method that lives in the core: its layers, and its config
+HOME = {"core.layer", "core.config", "core.lora_entrants"}  # of LoRA, the only method that lives in the core
 LOOKUPS = {"hasattr", "getattr", "setattr", "startswith", "endswith", "get", "pop"}
 # Names of methods, of their types in PEFT's files, of their tensors and their own settings.
 METHOD_WORD = re.compile(r"(^|\.)lora_(?!edu\b)|^(lora|LORA|LoRA\w*|LoraConfig)$|use_dora|pissa|vera_|hada_|ia3_")
