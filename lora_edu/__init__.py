@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from lora_edu.lab.datasets import load_dataset
     from lora_edu.serving.hotswap import hotswap_adapter
     from lora_edu.serving.mixed import adapter_names
+    from lora_edu.variants.four_bit_base import quantize_base
+    from lora_edu.variants.qlora import dequantize_base
 
 # Public name → the module it comes from, by the lesson that builds it or uses it first.
 _HOMES = {
@@ -43,6 +45,8 @@ _HOMES = {
     "merge": "lora_edu.core.merging",
     "merge_and_unload": "lora_edu.core.merging",
     "unmerge": "lora_edu.core.merging",
+    "dequantize_base": "lora_edu.variants.qlora",  # 14
+    "quantize_base": "lora_edu.variants.four_bit_base",
 }
 __all__ = list(_HOMES)
 
@@ -64,7 +68,7 @@ def __dir__() -> list[str]:
 @cache
 def register_methods() -> None:
     """Import every method's file, so that it registers. The core calls this when it is first asked for a method."""
-    for room in ("core", "fast"):
+    for room in ("core", "variants", "fast"):
         package = importlib.import_module(f"lora_edu.{room}")
         for module in pkgutil.iter_modules(package.__path__):
             importlib.import_module(f"lora_edu.{room}.{module.name}")

@@ -129,7 +129,7 @@ def quantize_nf4(weight: Tensor, block_size: int = 64, double_quant: bool = Fals
 
     Source: Dettmers et al. 2023, sections 2 and 3. Built in lesson 14.
     """
-    _check_weight(weight)
+    check_weight(weight)
     code = _checked_code(code).to(weight.device)
     index, absmax = _nearest(weight.detach().float().flatten(), code, _checked_block(block_size))
     index = F.pad(index, (0, weight.numel() % 2), value=int(code.abs().argmin())).to(torch.uint8)
@@ -161,7 +161,7 @@ def rounded_to_code(weight: Tensor, code: Tensor, block_size: int = 64) -> Tenso
     Raises:
         TypeError, ValueError: as ``quantize_nf4``.
     """
-    _check_weight(weight)
+    check_weight(weight)
     code = _checked_code(code, 256).to(weight.device)
     index, absmax = _nearest(weight.detach().float().flatten(), code, _checked_block(block_size))
     return _scaled(code[index], absmax, block_size).view(weight.shape).to(weight.dtype)
@@ -175,7 +175,7 @@ def rounded_to_int(weight: Tensor, bits: int = 4, block_size: int = 64) -> Tenso
     Raises:
         TypeError, ValueError: as ``quantize_nf4``.
     """
-    _check_weight(weight)
+    check_weight(weight)
     blocks = _blocks(weight.detach().float().flatten(), _checked_block(block_size), mode="last")
     low, high = blocks.amin(1, keepdim=True), blocks.amax(1, keepdim=True)
     step = (high - low) / (2**bits - 1)
@@ -209,7 +209,7 @@ def _blocks(values: Tensor, block_size: int, mode: str = "zero") -> Tensor:
     return values.view(-1, block_size)
 
 
-def _check_weight(weight: Any) -> None:
+def check_weight(weight: Any) -> None:
     """Raise unless this is a tensor of finite floating-point numbers."""
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
         kind = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__

@@ -87,7 +87,7 @@ def fuse(layer: AdapterLayer) -> bool:
 
     The object stays and gets another class, as PyTorch's ``fully_shard`` does it: parameters, hooks and names are kept.
     """
-    if not callable(getattr(layer, "factors", None)) or not isinstance(layer.frozen, KINDS):
+    if not callable(getattr(layer, "factors", None)) or type(layer.frozen).forward not in PLAIN:
         return False
     own: Any = type(layer)
     layer.__class__ = fused_class(own)
