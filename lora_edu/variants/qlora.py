@@ -68,6 +68,11 @@ def dense_weight(layer: Any) -> Tensor:
     quant_state = getattr(layer.weight, "quant_state", None)  # bitsandbytes' own, once it has quantised
     if quant_state is None:
         return layer.weight
+    if getattr(quant_state, "packing_format_for_cpu", False):
+        raise ValueError(
+            "bitsandbytes rearranged the bytes of this Linear4bit for inference on a CPU, as it does in the first pass "
+            "in eval mode: load the model again, and inject or dequantise before that"
+        )
     from bitsandbytes.functional import dequantize_4bit
 
     return dequantize_4bit(layer.weight.data, quant_state)
