@@ -14,9 +14,8 @@ PyTorch and one number of steps: in a file of others nothing is changed. The sev
 lessons read; quantised ones and larger shapes are its ``further_runs``. A line that cannot fit by the prediction of
 lora_edu.counting.memory is recorded as out of memory without being tried.
 
-QLoRA is measured where bitsandbytes and PEFT are installed. Its adapters are PEFT's: bitsandbytes keeps a weight packed
-in bytes, as a column of uint8, and the layers of lora_edu ask the weight itself for its shape and precision; ``inject``
-refuses such a model.
+QLoRA is measured where bitsandbytes and PEFT are installed, with PEFT's adapters. benchmarks/nf4_speed.py puts the four
+bits and the adapters of lora_edu beside them.
 """
 
 import argparse
@@ -361,7 +360,7 @@ def fill(record: dict[str, Any], todo: list[Line], configs: dict[str, LlamaConfi
         if session is not record:
             line["continued"] = len(record["continued"]) - 1
         if method.get("quantised"):
-            line["adapters"] = "PEFT's, because those of lora_edu need the weight itself"
+            line["adapters"] = "PEFT's"
         line["predicted_bytes"] = predicted(meta, line)
         if line["predicted_bytes"] > HOPELESS * capacity():
             line |= {"out_of_memory": True, "tried": False}

@@ -83,7 +83,7 @@ def fuse_all(layers: Mapping[str, AdapterLayer]) -> int:
 
 
 def fuse(layer: AdapterLayer) -> bool:
-    """Give a layer the fused forward pass, if it has factors around a linear layer; returns whether it did.
+    """Give a layer the fused forward pass, if it has factors around a plain linear layer; returns whether it did.
 
     The object stays and gets another class, as PyTorch's ``fully_shard`` does it: parameters, hooks and names are kept.
     """

@@ -1,6 +1,7 @@
-"""Nine methods from outside the package, and those of its own rooms, taken through everything that an adapter can do: no change in the core.
+"""Nine methods from outside the package, and its own, taken through everything that an adapter can do.
 
-Each either does a thing right or refuses it, naming itself; and a refusal leaves the model bit for bit as it was.
+The core does not change for any. Each either does a thing right or refuses it, naming itself; and a refusal leaves the
+model bit for bit as it was.
 """
 
 import copy
@@ -94,7 +95,7 @@ METHODS = {
     "qlora": Case(lora, "QLoRALinear", mergeable=False, fused=False, four_bits=True),
 }  # fmt: skip
 BASES = ["biases", "no biases", "conv1d", "four bits"]
-TARGETS = dict.fromkeys(BASES, ["q_proj", "down_proj"]) | {"conv1d": ["c_attn", "c_fc"]}
+TARGETS = {base: ["c_attn", "c_fc"] if base == "conv1d" else ["q_proj", "down_proj"] for base in BASES}
 PAIRS = [
     (name, base)
     for name, case in METHODS.items()
