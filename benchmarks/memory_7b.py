@@ -160,13 +160,24 @@ def new_model(config: LlamaConfig) -> LlamaForCausalLM:
     return model.train().requires_grad_(False)
 
 
-def new_quantised_model(config: LlamaConfig) -> LlamaForCausalLM:
-    """The same with the linear layers, all but the head, in NF4 with double quantisation, by bitsandbytes.
+def bitsandbytes_layer(layer: nn.Linear) -> nn.Module:
+    """The layer in NF4 with double quantisation, by bitsandbytes."""
+    import bitsandbytes
+
+    nf4 = {"compress_statistics": True, "quant_type": "nf4"}
+    sizes = (layer.in_features, layer.out_features)
+    packed = bitsandbytes.nn.Linear4bit(*sizes, bias=False, compute_dtype=torch.bfloat16, device="meta", **nf4)
+    packed.weight = bitsandbytes.nn.Params4bit(layer.weight.data, requires_grad=False, **nf4)
+    return packed.to(DEVICE)  # quantised on its way
+
+
+def new_quantised_model(
+    config: LlamaConfig, packed: Callable[[nn.Linear], nn.Module] = bitsandbytes_layer
+) -> LlamaForCausalLM:
+    """The same with the linear layers, all but the head, in four bits.
 
     One weight at a time is drawn and quantised: 70B in bfloat16 would leave no room to quantise it in.
     """
-    import bitsandbytes
-
     torch.manual_seed(SEED)
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -176,7 +187,6 @@ def new_quantised_model(config: LlamaConfig) -> LlamaForCausalLM:
             model.model.rotary_emb = type(model.model.rotary_emb)(config)  # holds numbers, not weights
     finally:
         torch.set_default_dtype(torch.float32)
-    nf4 = {"compress_statistics": True, "quant_type": "nf4"}
     for name in [name for name, _ in model.named_modules()]:  # names: a list of layers would keep what is replaced
         layer = model.get_submodule(name)
         for key, p in list(layer.named_parameters(recurse=False)):
@@ -185,10 +195,7 @@ def new_quantised_model(config: LlamaConfig) -> LlamaForCausalLM:
                 weight.normal_(std=config.initializer_range)
             setattr(layer, key, nn.Parameter(weight, requires_grad=False))
         if isinstance(layer, nn.Linear) and name != "lm_head":
-            sizes = (layer.in_features, layer.out_features)
-            packed = bitsandbytes.nn.Linear4bit(*sizes, bias=False, compute_dtype=torch.bfloat16, device="meta", **nf4)
-            packed.weight = bitsandbytes.nn.Params4bit(layer.weight.data, requires_grad=False, **nf4)
-            model.set_submodule(name, packed.to(DEVICE))  # quantised on its way
+            model.set_submodule(name, packed(layer))
     model.is_loaded_in_4bit = True  # what PEFT asks before it adapts such layers
     return model.train()
 

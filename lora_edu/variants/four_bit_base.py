@@ -37,12 +37,13 @@ class _Product(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        stored = ctx.saved_tensors  # asked for once: checkpointing allows no more
         x_grad = bias_grad = None
         if ctx.needs_input_grad[0]:
-            x_grad = grad @ dequantize_nf4(_state(ctx.about, ctx.saved_tensors), grad.dtype)
+            x_grad = grad @ dequantize_nf4(_state(ctx.about, stored), grad.dtype)
         if ctx.needs_input_grad[1]:
             bias_grad = grad.reshape(-1, grad.shape[-1]).sum(0)
-        return x_grad, bias_grad, *[None] * (1 + len(ctx.saved_tensors))
+        return x_grad, bias_grad, *[None] * (1 + len(stored))
 
 
 def _state(about: tuple[Any, ...], stored: Sequence[Any]) -> NF4State:

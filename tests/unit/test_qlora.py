@@ -206,6 +206,22 @@ def test_it_joins_the_comparison():
     assert {type(each) for each in adapter_layers(model).values()} == {QLoRALinear}
 
 
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_trains_with_checkpointing(use_reentrant):
+    grads = []
+    for checkpointing in (False, True):
+        model = llama().train()
+        quantize_base(model)
+        inject(model, LoraConfig(r=2, target_modules="all-linear"))
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+            model.enable_input_require_grads()
+        model(IDS, labels=IDS).loss.backward()
+        grads.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    for name, grad in grads[0].items():
+        assert torch.equal(grad, grads[1][name]), name
+
+
 # What is refused
 
 
