@@ -185,7 +185,8 @@ def rounded_to_int(weight: Tensor, bits: int = 4, block_size: int = 64) -> Tenso
 
 def relative_error(weight: Tensor, rounded: Tensor) -> float:
     """‖W − Ŵ‖ / ‖W‖, in the Frobenius norm."""
-    return float((weight.double() - rounded.double()).norm() / weight.double().norm())
+    exact = weight.detach().double()
+    return float((exact - rounded.detach().double()).norm() / exact.norm())
 
 
 def _nearest(values: Tensor, code: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
