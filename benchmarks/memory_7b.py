@@ -14,9 +14,8 @@ PyTorch and one number of steps: in a file of others nothing is changed. The sev
 lessons read; quantised ones and larger shapes are its ``further_runs``. A line that cannot fit by the prediction of
 lora_edu.counting.memory is recorded as out of memory without being tried.
 
-QLoRA is measured where bitsandbytes and PEFT are installed. Its adapters are PEFT's: bitsandbytes keeps a weight packed
-in bytes, as a column of uint8, and the layers of lora_edu ask the weight itself for its shape and precision; ``inject``
-refuses such a model.
+QLoRA is measured where bitsandbytes and PEFT are installed, with PEFT's adapters. benchmarks/nf4_speed.py puts the four
+bits and the adapters of lora_edu beside them.
 """
 
 import argparse
@@ -161,13 +160,24 @@ def new_model(config: LlamaConfig) -> LlamaForCausalLM:
     return model.train().requires_grad_(False)
 
 
-def new_quantised_model(config: LlamaConfig) -> LlamaForCausalLM:
-    """The same with the linear layers, all but the head, in NF4 with double quantisation, by bitsandbytes.
+def bitsandbytes_layer(layer: nn.Linear) -> nn.Module:
+    """The layer in NF4 with double quantisation, by bitsandbytes."""
+    import bitsandbytes
+
+    nf4 = {"compress_statistics": True, "quant_type": "nf4"}
+    sizes = (layer.in_features, layer.out_features)
+    packed = bitsandbytes.nn.Linear4bit(*sizes, bias=False, compute_dtype=torch.bfloat16, device="meta", **nf4)
+    packed.weight = bitsandbytes.nn.Params4bit(layer.weight.data, requires_grad=False, **nf4)
+    return packed.to(DEVICE)  # quantised on its way
+
+
+def new_quantised_model(
+    config: LlamaConfig, packed: Callable[[nn.Linear], nn.Module] = bitsandbytes_layer
+) -> LlamaForCausalLM:
+    """The same with the linear layers, all but the head, in four bits.
 
     One weight at a time is drawn and quantised: 70B in bfloat16 would leave no room to quantise it in.
     """
-    import bitsandbytes
-
     torch.manual_seed(SEED)
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -177,7 +187,6 @@ def new_quantised_model(config: LlamaConfig) -> LlamaForCausalLM:
             model.model.rotary_emb = type(model.model.rotary_emb)(config)  # holds numbers, not weights
     finally:
         torch.set_default_dtype(torch.float32)
-    nf4 = {"compress_statistics": True, "quant_type": "nf4"}
     for name in [name for name, _ in model.named_modules()]:  # names: a list of layers would keep what is replaced
         layer = model.get_submodule(name)
         for key, p in list(layer.named_parameters(recurse=False)):
@@ -186,10 +195,7 @@ def new_quantised_model(config: LlamaConfig) -> LlamaForCausalLM:
                 weight.normal_(std=config.initializer_range)
             setattr(layer, key, nn.Parameter(weight, requires_grad=False))
         if isinstance(layer, nn.Linear) and name != "lm_head":
-            sizes = (layer.in_features, layer.out_features)
-            packed = bitsandbytes.nn.Linear4bit(*sizes, bias=False, compute_dtype=torch.bfloat16, device="meta", **nf4)
-            packed.weight = bitsandbytes.nn.Params4bit(layer.weight.data, requires_grad=False, **nf4)
-            model.set_submodule(name, packed.to(DEVICE))  # quantised on its way
+            model.set_submodule(name, packed(layer))
     model.is_loaded_in_4bit = True  # what PEFT asks before it adapts such layers
     return model.train()
 
@@ -361,7 +367,7 @@ def fill(record: dict[str, Any], todo: list[Line], configs: dict[str, LlamaConfi
         if session is not record:
             line["continued"] = len(record["continued"]) - 1
         if method.get("quantised"):
-            line["adapters"] = "PEFT's, because those of lora_edu need the weight itself"
+            line["adapters"] = "PEFT's"
         line["predicted_bytes"] = predicted(meta, line)
         if line["predicted_bytes"] > HOPELESS * capacity():
             line |= {"out_of_memory": True, "tried": False}

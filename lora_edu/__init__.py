@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from lora_edu.rivals.prompt import PromptTuningConfig
     from lora_edu.serving.hotswap import hotswap_adapter
     from lora_edu.serving.mixed import adapter_names
+    from lora_edu.variants.four_bit_base import quantize_base
+    from lora_edu.variants.qlora import dequantize_base
 
 # Public name → the module it comes from, by the lesson that builds it or uses it first.
 _HOMES = {
@@ -48,6 +50,8 @@ _HOMES = {
     "merge": "lora_edu.core.merging",
     "merge_and_unload": "lora_edu.core.merging",
     "unmerge": "lora_edu.core.merging",
+    "dequantize_base": "lora_edu.variants.qlora",  # 14
+    "quantize_base": "lora_edu.variants.four_bit_base",
     "BitFitConfig": "lora_edu.rivals.bitfit",  # 15
     "BottleneckConfig": "lora_edu.rivals.bottleneck",
     "IA3Config": "lora_edu.rivals.ia3",
@@ -74,7 +78,7 @@ def __dir__() -> list[str]:
 @cache
 def register_methods() -> None:
     """Import every method's file, so that it registers. The core calls this when it is first asked for a method."""
-    for room in ("core", "rivals", "fast"):
+    for room in ("core", "variants", "rivals", "fast"):
         package = importlib.import_module(f"lora_edu.{room}")
         for module in pkgutil.iter_modules(package.__path__):
             importlib.import_module(f"lora_edu.{room}.{module.name}")

@@ -55,8 +55,8 @@ class AdapterLayer(Wrapper):
 
     def __init__(self, base: nn.Module, adapter_name: str = "default", autocast_adapter_dtype: bool = True):
         super().__init__()
-        check_readable(innermost(base))
         self.base = base
+        check_readable(self.frozen, self.weight)
         self.adapter_name = adapter_name
         self.active = True
         self.merged = False
@@ -172,23 +172,28 @@ class AdapterLayer(Wrapper):
         return self.effective_pair()[1]
 
     def effective_pair(self) -> Pair:
-        """Effective weight and bias, computed from the innermost adapter outwards.
-
-        Raises:
-            ValueError: if the adapter, or one inside it, has no dense form.
-        """
+        """Effective weight and bias, from the innermost adapter outwards. ValueError if one has no dense form."""
         if isinstance(self.base, AdapterLayer):
             pair = self.base.effective_pair()
         else:
             pair = at_least_float32(self.weight), None if self.bias is None else at_least_float32(self.bias)
         if not self.adds_to_output():
             return pair
-        self.check_mergeable()
+        self.check_dense()
         return self.adapted(*pair)
 
     # Merging
 
     def check_mergeable(self) -> None:
+        """Raise unless there is a dense layer that does the same, and a stored weight that it could replace."""
+        self.check_dense()
+        if (stored := self.frozen._parameters.get("weight")) is None or not stored.is_floating_point():
+            raise ValueError(
+                f"adapter {self.adapter_name!r} is a {type(self).__name__}, and the {type(self.frozen).__name__} in it "
+                "stores no weight that a sum could replace; call dequantize_base(model), then merge"
+            )
+
+    def check_dense(self) -> None:
         """Raise unless there is a dense layer that does the same."""
         if not self.mergeable:
             raise ValueError(

@@ -34,6 +34,7 @@ from lora_edu.core.state import (
     trained_parameters,
     warn_if_not_averaged,
 )
+from lora_edu.nf4 import PackedParameter
 
 
 @dataclass(frozen=True)
@@ -217,12 +218,13 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     """``(trainable, total)`` of a model, as PEFT's ``get_nb_trainable_parameters`` counts them. Lessons 04 and 05.
 
     Each parameter counts once, tied weights included. A copy kept for training (``modules_to_save``) is a parameter
-    of its own. 4-bit parameters (bitsandbytes' ``Params4bit``) store two weights in a byte: counted are the weights.
+    of its own. 4-bit parameters (lesson 14's, or bitsandbytes' ``Params4bit``) store two weights in a byte: counted are
+    the weights.
     """
     trainable = total = 0
     for parameter in model.parameters():
         number = parameter.numel()
-        if type(parameter).__name__ == "Params4bit":
+        if isinstance(parameter, PackedParameter) or type(parameter).__name__ == "Params4bit":
             number *= 2 * parameter.element_size()
         total += number
         trainable += number if parameter.requires_grad else 0

@@ -83,6 +83,17 @@ def register(
     _METHODS.insert(0, Method(name, config_type, builders, applies, prepare, file_fields))
 
 
+def register_kind(name: str, kind: type[Any], build: Build) -> None:
+    """Let a registered method adapt one more kind of base layer; it is asked for before the kinds that were known.
+
+    Args:
+        name: the method's, as it was registered.
+        kind: a class, or an abstract one that recognises its instances by itself.
+    """
+    place, method = next((i, method) for i, method in enumerate(_METHODS) if method.name == name)
+    _METHODS[place] = dataclasses.replace(method, builders={kind: build, **method.builders})
+
+
 def registered_methods() -> list[Method]:
     """All methods, the latest registration first. The package's own register when this is first called."""
     importlib.import_module("lora_edu").register_methods()

@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
@@ -136,9 +136,9 @@ def asks_about(parent: ast.AST) -> bool:
     return isinstance(parent, ast.Compare) or (isinstance(parent, ast.Call) and getattr(parent.func, "id", "") in words)
 
 
-def check_readable(pretrained: Any) -> None:
-    """Raise unless the layers here can compute with the pretrained weight."""
-    dtype = pretrained.weight.dtype
+def check_readable(pretrained: Any, weight: Tensor) -> None:
+    """Raise unless the layers here can compute with the pretrained layer's weight."""
+    dtype = weight.dtype
     if not (dtype.is_floating_point or dtype.is_complex) or dtype.itemsize == 1:
         raise TypeError(
             f"the {type(pretrained).__name__} keeps its weight packed as {dtype}, and the layers "

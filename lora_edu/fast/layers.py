@@ -83,11 +83,11 @@ def fuse_all(layers: Mapping[str, AdapterLayer]) -> int:
 
 
 def fuse(layer: AdapterLayer) -> bool:
-    """Give a layer the fused forward pass, if it has factors around a linear layer; returns whether it did.
+    """Give a layer the fused forward pass, if it has factors around a plain linear layer; returns whether it did.
 
     The object stays and gets another class, as PyTorch's ``fully_shard`` does it: parameters, hooks and names are kept.
     """
-    if not callable(getattr(layer, "factors", None)) or not isinstance(layer.frozen, KINDS):
+    if not callable(getattr(layer, "factors", None)) or type(layer.frozen).forward not in PLAIN:
         return False
     own: Any = type(layer)
     layer.__class__ = fused_class(own)

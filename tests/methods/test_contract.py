@@ -1,11 +1,13 @@
-"""Nine methods from outside the package, and those of it, taken through everything that an adapter can do.
+"""Nine methods from outside the package, and its own, taken through everything that an adapter can do.
 
-Each either does a thing right or refuses it, naming itself; and a refusal leaves the model bit for bit as it was.
+The core does not change for any. Each either does a thing right or refuses it, naming itself; and a refusal leaves the
+model bit for bit as it was.
 """
 
 import copy
 import json
 import pickle
+import sys
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -36,6 +38,7 @@ from lora_edu import (
     load_adapter,
     merge,
     merge_and_unload,
+    quantize_base,
     save_adapter,
     set_adapter,
     unmerge,
@@ -65,6 +68,7 @@ class Case:
     biases: bool = False  # needs a base that has some
     at_base: bool = True  # starts at the base model
     alone: str = ""  # what a second adapter of the method in one model is told
+    four_bits: bool = False  # the base's weights are stored in four bits before anything else
     swapped: str | None = None  # what a refusal to be swapped in place says
     batches: Any = None
 
@@ -118,19 +122,30 @@ METHODS = {
         lambda target_modules=None, **more: PromptTuningConfig(num_virtual_tokens=3, **more), "Prompt",
         mergeable=False, conv1d=True, fused=False, layers=False, at_base=False,
     ),
+    "qlora": Case(lora, "QLoRALinear", mergeable=False, fused=False, four_bits=True),
 }  # fmt: skip
-BASES = ["biases", "no biases", "conv1d"]
-TARGETS = {"biases": ["q_proj", "down_proj"], "no biases": ["q_proj", "down_proj"], "conv1d": ["c_attn", "c_fc"]}
+BASES = ["biases", "no biases", "conv1d", "four bits"]
+TARGETS = {base: ["c_attn", "c_fc"] if base == "conv1d" else ["q_proj", "down_proj"] for base in BASES}
 PAIRS = [
     (name, base)
     for name, case in METHODS.items()
-    for base in BASES
+    for base in (["four bits"] if case.four_bits else BASES[:3])
     if (base != "conv1d" or case.conv1d) and (base != "no biases" or not case.biases)
 ]
+MAIN_BASE = "biases"
 
 
-def plain_model(base="biases", dtype=torch.float64):
-    """A small Llama with or without biases, or a GPT-2; its biases are away from zero."""
+@pytest.fixture(autouse=True)
+def base_of_the_method(request, monkeypatch):
+    """A method for a base in four bits meets such a base wherever a test asks for none in particular."""
+    name = request.node.callspec.params.get("name") if hasattr(request.node, "callspec") else None
+    if name in METHODS and METHODS[name].four_bits:
+        monkeypatch.setattr(sys.modules[__name__], "MAIN_BASE", "four bits")
+
+
+def plain_model(base=None, dtype=torch.float64):
+    """A small Llama with or without biases, or in four bits, or a GPT-2; its biases are away from zero."""
+    base = base or MAIN_BASE
     torch.manual_seed(0)
     if base == "conv1d":
         config = GPT2Config(
@@ -140,13 +155,16 @@ def plain_model(base="biases", dtype=torch.float64):
     else:
         config = LlamaConfig(
             vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-            attention_bias=base == "biases", mlp_bias=base == "biases",
+            attention_bias=base != "no biases", mlp_bias=base != "no biases",
         )  # fmt: skip
         model = LlamaForCausalLM(config)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             nn.init.normal_(parameter, std=0.3)
-    return model.to(dtype).eval()
+    model = model.to(dtype).eval()
+    if base == "four bits":
+        quantize_base(model)
+    return model
 
 
 def adapt(model, name, base="biases", adapter_name="default", **more):
@@ -172,9 +190,9 @@ def shake(model, adapter_name="default", seed=3):
     set_adapter(model, was)
 
 
-def adapted_model(name, base="biases", seed=3, **more):
+def adapted_model(name, base=None, seed=3, **more):
     model = plain_model(base)
-    adapt(model, name, base, **more)
+    adapt(model, name, base or MAIN_BASE, **more)
     shake(model, seed=seed)
     return model.eval()
 
@@ -327,6 +345,10 @@ def test_unloads_without_a_trace_when_another_is_active(name):
     adapt(model, name, adapter_name="other")
     shake(model), shake(model, "other")
     expected = outputs(model)
+    if METHODS[name].four_bits:  # nothing merges into such a base
+        with refused(model, METHODS[name].named):
+            merge_and_unload(model)
+        return
     plain = merge_and_unload(model)
     assert plain.state_dict().keys() == plain_model().state_dict().keys()
     assert not any(module._forward_pre_hooks for module in plain.modules())
@@ -347,6 +369,8 @@ def test_effective_weight_and_bias_are_those_of_the_layer(name, base):
                 continue
             weight, bias = layer.effective_weight(), layer.effective_bias()
             assert torch.allclose(F.linear(x, layer.oriented(weight), bias), layer(x), atol=1e-10)
+            if METHODS[name].four_bits:  # it has a dense form, and no room for it
+                continue
             layer.train().merge()
             assert torch.allclose(layer.effective_weight(), weight, atol=1e-12)
             assert bias is None or torch.allclose(layer.effective_bias(), bias, atol=1e-12)
@@ -458,10 +482,11 @@ def test_several_names_add_up_or_are_refused(name):
     expected = outputs(model)
     if case.mergeable:
         merge(model)
-    else:  # the prefix stays, LoRA goes into the weights
+    else:
         with refused(model, case.named):
             merge(model)
-        merge(model, "default")
+        if not case.four_bits:  # the prefix stays, LoRA goes into the weights
+            merge(model, "default")
     assert torch.allclose(outputs(model), expected, atol=1e-10)
     with disable_adapter(model):
         assert torch.equal(outputs(model), outputs(plain_model()))
@@ -580,7 +605,7 @@ def test_half_precision_keeps_its_dtype_and_moves_as_one(name):
     found = outputs(model)
     assert found.dtype == torch.bfloat16
     expected = outputs(model.float())
-    assert {tensor.dtype for tensor in model.state_dict().values()} <= {torch.float32, torch.bool}
+    assert {tensor.dtype for tensor in model.state_dict().values()} <= {torch.float32, torch.bool, torch.uint8}
     assert (found.float() - expected).norm() / expected.norm() < 0.03
 
 

@@ -12,7 +12,7 @@ PACKAGE = Path(lora_edu.__file__).parent
 # The rooms, lowest first: a module imports from rooms below its own, and within its own without a cycle.
 # "" is what lies beside the rooms: paths and files, and mathematics.
 ROOMS = [
-    "", "core", "counting", "rivals", "fast", "lab", "lab.recording", "serving", "serving.inspection",
+    "", "core", "counting", "variants", "rivals", "fast", "lab", "lab.recording", "serving", "serving.inspection",
     "course.checks", "course.notebooks", "course.grading", "course.publish", "course",
 ]  # fmt: skip
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

@@ -642,3 +642,80 @@ def test_the_page_on_other_tools_has_the_ratios_to_unsloth_of_the_record():
         rows.append(f"| {' | '.join(found.values())} |")
     assert [row for row in rows if row not in page] == []
     assert f"between {min(peaks):.2f} and {max(peaks):.2f} of Unsloth's" in page
+
+
+# Four bits
+
+
+@pytest.fixture
+def nf4_speed(monkeypatch):
+    """Calls nf4_speed.py with tiny shapes; what it compiles is run as it is."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    module = script("nf4_speed")
+    monkeypatch.setattr(module.torch, "compile", lambda function, **options: function)
+
+    def call(out, *more):
+        monkeypatch.setattr(sys, "argv", ["nf4_speed.py", "--toy", "--rounds", "2", "--out", str(out), *more])
+        module.main()
+        return json.loads(out.read_text())
+
+    yield module, call
+    torch._dynamo.reset()
+
+
+def test_nf4_speed_runs_small(nf4_speed, tmp_path, monkeypatch, capsys):
+    module, call = nf4_speed
+    monkeypatch.setattr(module, "there", lambda: False)
+    out = tmp_path / "nf4.json"
+    record = call(out, "--ways", "bitsandbytes;ours;16 bits")
+    assert "there is nothing to compare with" in capsys.readouterr().out
+    assert list(record["dequantise"]["ways"]) == ["copy", "ours", "ours, compiled"]
+    line = record["dequantise"]
+    numbers = 4 * 64 * 64 + 3 * 64 * 128
+    assert line["numbers"] == numbers
+    assert 2.5 < line["bytes"] / numbers < 2.54  # four bits and a little are read, sixteen written
+    ours, copy = line["ways"]["ours"], line["ways"]["copy"]
+    assert copy["of_limit"] == 1
+    expected = line["bytes"] / line["bytes_per_second"] / (1e-3 * median(ours["ms"]))
+    assert ours["of_limit"] == pytest.approx(expected, rel=0.02, abs=1e-3)
+    (line,) = record["steps"]
+    assert list(line["ways"]) == ["ours", "16 bits"]
+    assert not line["failed"]
+    for way in line["ways"].values():
+        assert way["trainable"] == 2 * 16 * (4 * (64 + 64) + 3 * (64 + 128))
+        assert len(way["steps_ms"]) == 2
+        assert way["losses"][-1] < way["losses"][0] + 0.01
+    assert [(each["shape"], each["way"]) for each in record["memory"]] == [(s, "ours") for s in ("7b", "13b", "70b")]
+    for part in (record["dequantise"], *record["steps"], *record["memory"]):
+        assert {"commit", "hardware", "versions"} <= part["machine"].keys()
+        assert part["command"].startswith("python benchmarks/nf4_speed.py --toy")
+    again = call(out, "--parts", "memory", "--shapes", "70b")
+    assert again["steps"] == record["steps"]
+    assert [each["shape"] for each in again["memory"]] == ["7b", "13b", "70b"]
+    assert again["memory"][0] == record["memory"][0]
+    assert "failed" not in again["memory"][2]
+
+
+def test_nf4_speed_beside_bitsandbytes(nf4_speed, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    _, call = nf4_speed
+    record = call(tmp_path / "nf4.json", "--ways", "bitsandbytes;bitsandbytes, our adapters;ours", "--shapes", "7b")
+    assert record["dequantise"]["largest_difference"]["bitsandbytes"] < 1e-2  # scales that are one level apart
+    (line,) = record["steps"]
+    assert not line["failed"]
+    assert line["ways"]["ours"]["against"]["bitsandbytes"] > 0
+    losses = [way["losses"] for way in line["ways"].values()]
+    assert losses[0] == pytest.approx(losses[2], abs=0.02)
+    assert [each["way"] for each in record["memory"]] == ["ours", "bitsandbytes"]
+    assert "failed" not in record["memory"][1]
+
+
+def test_nf4_speed_needs_a_gpu_and_names_its_ways(nf4_speed, tmp_path, monkeypatch, capsys):
+    module, call = nf4_speed
+    monkeypatch.setattr(module, "CUDA", False)
+    with pytest.raises(SystemExit):
+        call(tmp_path / "nf4.json", "--ways", "our")
+    assert "no way 'our'; there are: bitsandbytes; " in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["nf4_speed.py"])
+    module.main()
+    assert "needs a GPU and found none" in capsys.readouterr().out

@@ -94,7 +94,10 @@ def test_settings_that_make_no_sense(options, error, message):
         ({"target_modules": ["proj"]}, "near names"),  # whole segments only
         ({"target_modules": None}, "no default targets for model type None"),
         ({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, "rule them out"),
-        ({"target_modules": ["norm"]}, "is a LayerNorm, which LoRA cannot adapt .it adapts Linear, Conv1D, Embedding"),
+        (
+            {"target_modules": ["norm"]},
+            "is a LayerNorm, which LoRA cannot adapt .it adapts FourBitLinear, Linear, Conv1D, Embedding",
+        ),
         (
             {"target_modules": ["q_proj"], "modules_to_save": ["haed"]},
             r"no module has such a name; near names: \['head'",
