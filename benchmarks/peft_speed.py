@@ -43,7 +43,7 @@ from lora_edu.core.adapter import adapter_layers
 from lora_edu.counting.measure import paired_times, peak_memory
 from lora_edu.counting.meta import load_config
 from lora_edu.lab.bases import list_bases
-from lora_edu.lab.recording.records import commit, write_record
+from lora_edu.lab.recording.records import commit, processor, write_record
 
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
 
@@ -257,16 +257,6 @@ def memory(chosen: list[dict[str, Any]], methods: list[list[str]], quick: bool) 
     return [{method: sizes[f"{index} {method}"] for method in names} for index, names in enumerate(methods)]
 
 
-def hardware() -> str:
-    """The processor's name, cores and memory."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    return f"{name}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
-
-
 def table(record: dict[str, Any]) -> Iterator[str]:
     """The ratios against their targets, and the memory, line by line."""
     yield f"{'shape':8} {'adapted':11} {'dropout':>7}  {'ratio':12} {'median':>6}  {'95 %':13}  target"
@@ -317,7 +307,7 @@ def main(
         "command": " ".join(["python", "benchmarks/peft_speed.py", *sys.argv[1:]]),
         "date": date.today().isoformat(),
         "commit": revision or commit(),
-        "hardware": hardware(),
+        "hardware": processor(),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,

@@ -114,6 +114,7 @@ def full_run(
     method: Annotated[
         list[str] | None, typer.Option(help="For the referee: only this method or setting of one; may be repeated.")
     ] = None,
+    task: Annotated[list[str] | None, typer.Option(help="For the referee: only this task; may be repeated.")] = None,
 ) -> None:
     """Record what the lessons plot beside their own runs, or go on with it: the GPU path.
 
@@ -135,20 +136,20 @@ def full_run(
         console.print("The hours are those of the sweeps' training steps; evaluations come on top.")
         console.print("A GPU takes a fraction of them.")
     elif name in scripts.SCRIPTS:
-        for option, value in {"--processes": processes, "--base": base, "--method": method}.items():
+        given = {"--processes": processes, "--base": base, "--method": method, "--task": task}
+        for option, value in given.items():
             if value:
                 fail(f"{name} takes no {option}: {scripts.accepted(name)}")
         scripts.run_script(name, out, minutes, more)
     elif name == referee.NAME:
         if more or base:
-            fail(
-                f"{name} takes no {more[0] if more else '--base'}: it takes --method, --processes, --minutes and --out"
-            )
-        console.print(full_runs.ending(referee.referee(method, out, processes, minutes)))
+            option = more[0] if more else "--base"
+            fail(f"{name} takes no {option}: it takes --method, --task, --processes, --minutes and --out")
+        console.print(full_runs.ending(referee.referee(method, out, processes, minutes, task)))
     elif name not in full_runs.SWEEPS:
         fail(f"unknown recording {name!r}; there are: {', '.join([*full_runs.SWEEPS, referee.NAME, *scripts.SCRIPTS])}")
-    elif more or method:
-        option = more[0] if more else "--method"
+    elif more or method or task:
+        option = more[0] if more else "--method" if method else "--task"
         fail(f"{name} takes no {option}: a sweep takes --processes, --minutes, --out and --base")
     else:
         console.print(full_runs.ending(full_runs.full_run(name, out, processes or 1, minutes, base)))

@@ -217,11 +217,13 @@ def generate(
     temperature: float = 0.7,
     top_p: float = 0.9,
     seed: int = 0,
+    **options: Any,
 ) -> list[str]:
     """Continue each prompt until eos or ``max_new_tokens``; returns only the new text.
 
     Greedy by default, so the same on every run. With ``do_sample`` the ``seed`` fixes the draw and the caller's own
     random state is left as it was. Prompts of different length are padded on the left, where the model ignores it.
+    ``options`` go to the model's own ``generate``, for instance ``stopping_criteria``.
     """
     if isinstance(prompts, str) or not prompts:
         raise ValueError(f"prompts={prompts!r}: give a list with at least one prompt, such as ['politician (noun):']")
@@ -231,7 +233,7 @@ def generate(
     device = next(model.parameters()).device
     input_ids = torch.tensor([[pad] * (longest - len(row)) + row for row in ids], device=device)
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids], device=device)
-    sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if do_sample else {}
+    options |= {"temperature": temperature, "top_p": top_p, "top_k": 0} if do_sample else {}
     was_training = model.training
     model.eval()
     with torch.random.fork_rng(devices=own_gpu()):
@@ -243,7 +245,7 @@ def generate(
             pad_token_id=pad,
             eos_token_id=tokenizer.eos_token_id,
             do_sample=do_sample,
-            **sampling,
+            **options,
         )
     model.train(was_training)
     return [text.strip() for text in tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)]

@@ -2,155 +2,69 @@
 
 From the repository's root::
 
+    python -m lora_edu.serving.server bierce=data/adapters/smollm2-devils-dictionary --base smollm2-135m
+    curl localhost:8000/v1/chat/completions -H "content-type: application/json" \\
+        -d '{"model": "bierce", "messages": [{"role": "user", "content": "Define: politician, noun"}]}'
+
+The answer is "One who has the power to make the laws."; with ``"model": "base"`` it begins "A politician is a person
+who holds a position of power". With ``"stream": true`` it comes token by token.
+
+This is OpenAI's API, so any program that speaks it can be given the address ``http://localhost:8000/v1``; ``chat.py``
+says what of it there is. For a base that continues text there is a plainer question, too::
+
     python -m lora_edu.serving.server devil=data/adapters/tiny-devils-dictionary jargon=data/adapters/tiny-jargon
     curl localhost:8000/generate -H "content-type: application/json" \\
         -d '{"adapter": "devil", "prompt": "politician (noun):"}'
 
-How do concurrent requests stay apart? Two plain ways are a lock around "set_adapter, then generate", and one batch in
-which each row names its adapter. This server does the second: a single worker thread owns the model, takes whatever
-requests wait, and answers them together through ``adapter_names``. Nobody else touches the model, so there is no
-moment at which a request could meet another one's adapter; and the base, which is nearly all of the work, is computed
-once for all of them, where a lock would compute it once for each.
+``engine.py`` keeps concurrent requests apart, ``decoding.py`` computes a batch, ``connection.py`` holds the limits.
 
-It is an example. A service for strangers also needs authentication, limits on the length of the queue, time-outs and
-sampling; vLLM and others have them, and kernels for the mixed batch.
+It is an example. A service for strangers also needs encryption and authentication; vLLM and others fill the places of
+rows that are done, and have kernels for the mixed batch.
 """
 
 import argparse
-import queue
 import socket
 import threading
 from collections.abc import Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lora_edu.core.peft_io import load_adapter
-from lora_edu.core.state import list_adapters
 from lora_edu.lab.bases import load_base
-from lora_edu.lab.datasets import prompt_ids
-from lora_edu.lab.training import generate
-from lora_edu.serving.mixed import BASE, adapter_names, check_names
+from lora_edu.serving.engine import Engine
+from lora_edu.serving.mixed import BASE
 
 
-@dataclass
-class Request:
-    """One prompt, the adapter that should answer it, and the place where the answer will appear."""
+def create_app(engine: Engine, timeout: float = 120.0, max_body: int = 65_536) -> Any:
+    """The FastAPI application: ``/v1``, ``GET /adapters``, and ``POST /generate`` with a JSON object {prompt, adapter}.
 
-    prompt: str
-    adapter: str
-    answer: Future[str] = field(default_factory=Future)
-
-
-class Engine:
-    """Answers prompts with a model and its adapters, from any number of threads, in mixed batches.
+    Errors of the caller are 404 (no such adapter; the known ones are named), 413 (a body that is too long) and 422 (a
+    prompt that cannot be answered, a missing or foreign field); 429 asks to come back later. Under ``/v1`` they have
+    OpenAI's shape. Stopping the server stops the engine.
 
     Args:
-        model: with adapters, or without; from now on only this engine may use it.
-        tokenizer: the model's.
-        max_new_tokens: where an answer ends at the latest.
-        max_batch: rows of a batch at most; requests beyond that wait for the next one.
-
-    ``batches`` notes the adapters of each batch that was answered.
-    """
-
-    def __init__(self, model: Any, tokenizer: Any, max_new_tokens: int = 40, max_batch: int = 16):
-        self.model, self.tokenizer = model.eval(), tokenizer
-        self.max_new_tokens, self.max_batch = max_new_tokens, max_batch
-        self.adapters = [BASE, *list_adapters(model)]
-        self.batches: list[list[str]] = []
-        self._waiting: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
-        self._gate = threading.Lock()  # between "is it still open?" and "put into the queue"
-        self._open = True
-        self._worker = threading.Thread(target=self._work, name="lora_edu engine", daemon=True)
-        self._worker.start()
-
-    def submit(self, prompt: str, adapter: str = BASE) -> Future[str]:
-        """Put a request into the queue and return at once; the result of the future is the text.
-
-        Raises:
-            KeyError: there is no adapter of that name; the message names the known ones.
-            ValueError: the prompt is empty, leaves no room for an answer, or the adapter cannot answer row by row.
-            RuntimeError: the engine was stopped.
-        """
-        if adapter not in self.adapters:
-            raise KeyError(f"no adapter named {adapter!r}; this server has: {', '.join(self.adapters)}")
-        if adapter != BASE:
-            check_names(self.model, [adapter])  # or one request would fail its whole batch
-        if not prompt.strip():
-            raise ValueError("the prompt is empty; send some text, for example 'politician (noun):'")
-        room = getattr(self.model.config, "max_position_embeddings", None)
-        length = len(prompt_ids(prompt, self.tokenizer))
-        if room is not None and length + self.max_new_tokens > room:
-            raise ValueError(
-                f"the prompt has {length} tokens; with an answer of up to {self.max_new_tokens} that is more than the "
-                f"{room} that this model can take"
-            )
-        request = Request(prompt, adapter)
-        with self._gate:
-            if not self._open:
-                raise RuntimeError("the server is shutting down")
-            self._waiting.put(request)
-        return request.answer
-
-    def stop(self) -> None:
-        """Answer what waits already, refuse what comes later, and end the worker."""
-        with self._gate:
-            if self._open:
-                self._open = False
-                self._waiting.put(None)
-        self._worker.join()
-
-    def _work(self) -> None:
-        """The one thread that touches the model: wait for a request, take along what waits behind it, answer."""
-        last = False
-        while not last:
-            requests = [self._waiting.get()]
-            while requests[-1] is not None and len(requests) < self.max_batch and not self._waiting.empty():
-                requests.append(self._waiting.get())
-            last = requests[-1] is None
-            # A caller who went away has cancelled the future; it takes no result.
-            batch = [each for each in requests if each is not None and each.answer.set_running_or_notify_cancel()]
-            if batch:
-                self._answer(batch)
-
-    def _answer(self, batch: list[Request]) -> None:
-        names = [request.adapter for request in batch]
-        try:
-            texts = self._generate([request.prompt for request in batch], names)
-        except Exception as error:  # the callers get it, and the worker lives on for the next batch
-            for request in batch:
-                request.answer.set_exception(error)
-            return
-        self.batches.append(names)
-        for request, text in zip(batch, texts, strict=True):
-            request.answer.set_result(text)
-
-    def _generate(self, prompts: list[str], names: list[str]) -> list[str]:
-        if set(names) == {BASE} and self.adapters == [BASE]:  # a plain model
-            return generate(self.model, self.tokenizer, prompts, self.max_new_tokens)
-        with adapter_names(self.model, names):
-            return generate(self.model, self.tokenizer, prompts, self.max_new_tokens)
-
-
-def create_app(engine: Engine) -> Any:
-    """The FastAPI application: ``GET /adapters``, and ``POST /generate`` with a JSON object {prompt, adapter}.
-
-    Errors of the caller are 404 (no such adapter; the known ones are named) and 422 (a prompt that cannot be
-    answered, a missing or foreign field). Stopping the server stops the engine.
+        engine: answers.
+        timeout: seconds that a request may take, waiting included; then it is cancelled, with status 504.
+        max_body: bytes that a request's body may have.
 
     Raises:
         ImportError: the extra is not installed.
+        ValueError: an adapter is called "base".
     """
     try:
-        from fastapi import FastAPI, HTTPException
+        from fastapi import FastAPI
+        from fastapi import Request as HTTPRequest
         from pydantic import BaseModel, ConfigDict
+
+        from lora_edu.serving.chat import create_api
+        from lora_edu.serving.connection import BodyLimit, begin, whole
     except ImportError as error:
         raise ImportError("the server needs FastAPI and uvicorn: pip install 'lora-edu[serve]'") from error
     import asyncio
     from contextlib import asynccontextmanager
+
+    from lora_edu.serving.decoding import Request
 
     class Question(BaseModel):
         model_config = ConfigDict(extra="forbid")  # a misspelt field must not be answered by the base
@@ -163,22 +77,17 @@ def create_app(engine: Engine) -> Any:
         await asyncio.to_thread(engine.stop)
 
     app = FastAPI(title="lora-edu: one base, several adapters", lifespan=lifespan)
+    app.add_middleware(BodyLimit, most=max_body)
+    app.mount("/v1", create_api(engine, timeout))
 
     @app.get("/adapters")
     async def adapters() -> dict[str, list[str]]:
         return {"adapters": engine.adapters}
 
     @app.post("/generate")
-    async def answer(question: Question) -> dict[str, str]:
-        try:
-            future = engine.submit(question.prompt, question.adapter)
-        except KeyError as error:
-            raise HTTPException(404, error.args[0]) from None
-        except ValueError as error:
-            raise HTTPException(422, str(error)) from None
-        except RuntimeError as error:
-            raise HTTPException(503, str(error)) from None
-        return {"adapter": question.adapter, "text": await asyncio.wrap_future(future)}
+    async def answer(question: Question, http: HTTPRequest) -> dict[str, str]:
+        pieces = begin(engine, Request(question.prompt, question.adapter), timeout)
+        return {"adapter": question.adapter, "text": await whole(http, pieces)}
 
     return app
 
@@ -213,19 +122,46 @@ def load_engine(base: str, adapters: dict[str, str | Path], **options: Any) -> E
     return Engine(model, tokenizer, **options)
 
 
+def positive(text: str) -> int:
+    """An option's value as a whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least 1")
+    return int(text)
+
+
 def main() -> None:
     """Command line: NAME=DIRECTORY for each adapter."""
     parser = argparse.ArgumentParser(
         prog="python -m lora_edu.serving.server", description=(__doc__ or "").split("\n")[0]
     )
-    parser.add_argument("adapters", nargs="+", metavar="NAME=DIRECTORY")
-    parser.add_argument("--base", default="tiny")
-    parser.add_argument("--host", default="127.0.0.1", help="this machine only, unless you say otherwise")
-    parser.add_argument("--port", type=int, default=8000)
+    add = parser.add_argument
+    add("adapters", nargs="+", metavar="NAME=DIRECTORY", help="An adapter, and the name that requests use for it.")
+    add("--base", default="tiny", help="The model that the adapters belong to, by default %(default)s.")
+    add("--host", default="127.0.0.1", help="Where to listen, by default where only this machine can reach it.")
+    add("--port", type=positive, default=8000, help="The port to listen on, by default %(default)s.")
+    limits = {
+        "--max-tokens": (128, "An answer has at most this many tokens"),
+        "--max-body": (65_536, "A request has at most this many bytes"),
+        "--max-batch": (16, "At most this many requests are answered together"),
+        "--max-waiting": (128, "When this many requests wait, further ones are refused with status 429"),
+        "--timeout": (120, "A request that takes more seconds than this is cancelled"),
+    }
+    for name, (default, words) in limits.items():
+        add(name, type=positive, default=default, metavar="N", help=f"{words} (by default {default}).")
+    add("--max-prompt-tokens", type=positive, metavar="N", help="A prompt has at most this many tokens (no limit of "
+        "its own by default: prompt and answer must fit into the model's positions).")  # fmt: skip
     given = parser.parse_args()
     if wrong := [pair for pair in given.adapters if "=" not in pair]:
         parser.error(f"{wrong[0]!r}: expected NAME=DIRECTORY, for example devil=data/adapters/tiny-devils-dictionary")
-    app = create_app(load_engine(given.base, dict(pair.split("=", 1) for pair in given.adapters)))
+    engine = load_engine(
+        given.base,
+        dict(pair.split("=", 1) for pair in given.adapters),
+        max_new_tokens=given.max_tokens,
+        max_batch=given.max_batch,
+        max_waiting=given.max_waiting,
+        max_prompt_tokens=given.max_prompt_tokens,
+    )
+    app = create_app(engine, given.timeout, given.max_body)
     import uvicorn
 
     uvicorn.run(app, host=given.host, port=given.port)

@@ -6,7 +6,7 @@ import json
 import re
 import sys
 from functools import cache
-from statistics import median
+from statistics import median, quantiles
 
 import pytest
 import torch
@@ -466,6 +466,50 @@ def test_speed_7b_writes_after_every_way_how_far_it_has_come(toy_7b, monkeypatch
     record, lines = toy_7b("full;plain;fast")
     assert "unfinished" not in record
     assert len(lines) == 2
+
+
+def check_load(record):
+    """A record of server_load.py holds together: all is right, and the figures are what the times say."""
+    assert {"command", "date", "commit", "hardware", "versions", "seed", "load_average"} <= record.keys()
+    assert {"python", "torch", "transformers", "fastapi", "uvicorn"} <= record["versions"].keys()
+    assert record["right"] == {"as_alone": record["requests"], "as_generate": record["greedy"]}
+    assert record["greedy_that_differ_between_all_models"] >= 0.8 * record["greedy"]  # so a mix-up would show
+    assert record["burst"]["right"] == record["burst"]["requests"]
+    assert record["burst"]["refused"] > 0
+    assert 2 <= record["largest_batch"] <= record["max_batch"]
+    rounds = record["rounds"]
+    assert sum(sum(each["batches"]) for each in rounds) == record["requests"]
+    assert all(each["mixed_batches"] > 0 for each in rounds)
+    alone, crowd = ([seconds for each in rounds for seconds in each[name]] for name in ("alone", "together"))
+    assert len(alone) == len(crowd) == record["requests"]
+    figures, wall = record["figures"], sum(each["wall"] for each in rounds)
+    assert figures["requests_per_second"] == pytest.approx(len(crowd) / wall, abs=0.06)
+    assert figures["throughput"] == pytest.approx(sum(alone) / wall, abs=0.01)
+    assert figures["latency_median"] == pytest.approx(median(crowd) / median(alone), abs=0.01)
+    assert figures["latency_95"] == pytest.approx(quantiles(crowd, n=20)[-1] / median(alone), abs=0.01)
+    assert figures["first_piece_median"] <= figures["latency_median"] <= figures["latency_95"]
+
+
+def test_the_server_mixes_nothing_up_under_load(monkeypatch, capsys, tmp_path):
+    out = tmp_path / "load.json"
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    small = ["--requests", "24", "--threads", "12", "--rounds", "2", "--burst", "16", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["server_load.py", *small])
+    threads = torch.get_num_threads()
+    script("server_load").main()
+    torch.set_num_threads(threads)
+    check_load(json.loads(out.read_text(encoding="utf-8")))
+    assert "24 of 24 answers are those that the same question had alone" in capsys.readouterr().out
+
+
+def test_the_recorded_load_holds_together():
+    path = data_path("runs", "server_load.json")
+    record = json.loads(path.read_text(encoding="utf-8"))
+    check_load(record)
+    assert record["requests"] >= 300
+    assert record["largest_batch"] == record["max_batch"]
+    assert record["figures"]["throughput"] > 2
+    assert hashlib.sha256(path.read_bytes()).hexdigest() in data_path("README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.skipif(not RECORD.exists(), reason="data/runs/peft_speed.json is not recorded yet")

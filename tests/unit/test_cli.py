@@ -65,15 +65,17 @@ def test_help(command):
         (
             ["full-run", "nothing"],
             "unknown recording 'nothing'; there are: smollm2_finetuning, smollm2_precision, smollm2_choices, "
-            "tiny_choices, tiny_schedules, referee, tiny_pretraining, memory_7b, memory_cases, speed_7b, loss_8b, scaling",
+            "tiny_choices, tiny_schedules, referee, tiny_pretraining, memory_7b, memory_cases, speed_7b, loss_8b, "
+            "scaling",
         ),
         (["full-run", "tiny_choices", "--shapes", "7b"], "tiny_choices takes no --shapes: a sweep takes --processes"),
         (["full-run", "tiny_choices", "--base", "gpt2"], "GPT2LMHeadModel without q_proj, k_proj"),
         (["full-run", "tiny_choices", "--method", "full"], "tiny_choices takes no --method: a sweep takes --processes"),
         (["full-run", "memory_7b", "--method", "full"], "memory_7b takes no --method: it takes --out"),
         (["full-run", "referee", "--method", "magic"], "unknown method 'magic'; entered are full (Full fine-tuning), "),
-        (["full-run", "referee", "--base", "tiny"], "referee takes no --base: it takes --method, --processes"),
-        (["full-run", "referee", "--shapes", "7b"], "referee takes no --shapes: it takes --method, --processes"),
+        (["full-run", "referee", "--task", "sums"], "unknown task 'sums'; there are: smollm2-bierce, minilm-topics, "),
+        (["full-run", "referee", "--base", "tiny"], "referee takes no --base: it takes --method, --task, --processes"),
+        (["full-run", "referee", "--shapes", "7b"], "referee takes no --shapes: it takes --method, --task, --proc"),
         (["full-run", "memory_7b", "--processes", "2"], "memory_7b takes no --processes: it takes --out, --minutes"),
         (["full-run", "speed_7b", "--base", "tiny"], "speed_7b takes no --base: it takes --out and the options that"),
         (["full-run", "speed_7b", "--minutes", "2"], "speed_7b takes no --minutes: it takes --out and the options"),
@@ -156,9 +158,10 @@ def test_full_run_hands_its_options_on(monkeypatch, tmp_path, complete, words):
 def test_full_run_hands_the_referee_its_methods(monkeypatch):
     asked = []
     monkeypatch.setattr("lora_edu.lab.recording.referee.referee", lambda *given: asked.append(given) or True)
-    result = call("full-run", "referee", "--method", "LoRA", "--method", "full", "--minutes", "7")
+    options = ("--method", "LoRA", "--method", "full", "--task", "tiny-jargon", "--minutes", "7")
+    result = call("full-run", "referee", *options)
     assert result.exit_code == 0
-    assert asked == [(["LoRA", "full"], None, None, 7.0)]
+    assert asked == [(["LoRA", "full"], None, None, 7.0, ["tiny-jargon"])]
     assert "complete" in result.stdout
     (line,) = [line for line in call("full-run").stdout.splitlines() if line.startswith("referee")]
     assert " minutes for the rest on one H100" in line

@@ -235,6 +235,16 @@ def test_the_file_of_something_else_is_left_alone(tmp_path, content, says):
     assert out.read_text(encoding="utf-8") == content
 
 
+def test_some_tasks_go_into_the_record_of_all(tmp_path, monkeypatch):
+    """On a machine that has one base only. The settings in the file are those of the whole plan."""
+    asked, out = [], tmp_path / "referee.json"
+    plan = dataclasses.replace(FEW, tasks=FEW.tasks | {"jargon": dataclasses.replace(SMALL, data="jargon")})
+    monkeypatch.setattr(referee, "work", lambda todo, do, record, *rest: asked.append((todo(), record)) or True)
+    assert referee.referee(["lora-r2"], out, 1, tasks=["jargon"], plan=plan)
+    assert {job["task"] for jobs, _ in asked for job in jobs} == {"jargon"}
+    assert set(asked[0][1]["settings"]["tasks"]) == {"small", "jargon"}
+
+
 def test_a_further_task_and_further_rates_leave_what_is_recorded(tmp_path):
     out = tmp_path / "referee.json"
     run = {"job": {"stage": "tune", "method": "lora-r2", "task": "small", "rate": 0.5, "batch": 8, "seed": 100}}

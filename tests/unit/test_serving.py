@@ -113,6 +113,7 @@ def test_the_adapters_are_listed_and_the_base_answers_by_default(address, alone)
         ({"adapter": "one"}, 422, "prompt"),
         ({"prompt": "love (noun):", "adaptor": "one"}, 422, "adaptor"),
         ({"prompt": 5}, 422, "string"),
+        ({"prompt": "\ud800"}, 422, "half a character"),
     ],
 )
 def test_errors_of_the_caller(address, alone, question, status, words):
@@ -144,7 +145,7 @@ def test_what_waits_is_still_answered_when_it_stops(model_and_tokenizer, alone):
 
 
 def test_a_failed_batch_reaches_its_callers_and_no_other(engine, alone, monkeypatch):
-    monkeypatch.setattr(engine, "_generate", lambda prompts, names: 1 / 0)
+    monkeypatch.setattr("lora_edu.serving.engine.decode", lambda *batch: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         engine.submit(PROMPTS[0], "one").result(60)
     monkeypatch.undo()

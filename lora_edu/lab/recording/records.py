@@ -143,6 +143,16 @@ def surroundings(precision: str, world_size: int = 1) -> dict[str, Any]:
     }
 
 
+def processor() -> str:
+    """The processor's name, its cores, and which of its instructions PyTorch uses."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
+
+
 def commit() -> str:
     """The commit of this repository that is checked out, or "unknown".
 

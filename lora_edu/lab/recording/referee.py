@@ -16,6 +16,7 @@ command does what is missing.
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -55,6 +56,7 @@ def referee(
     out: Path | None = None,
     processes: int | None = None,
     minutes: float | None = None,
+    tasks: Sequence[str] | None = None,
     plan: Plan = PLAN,
 ) -> bool:
     """Do what is missing of the comparison; True when nothing is.
@@ -64,16 +66,17 @@ def referee(
         out: the file to write and to resume from; default ``data/runs/referee.json``.
         processes: how many runs at a time; default eight on a GPU and one without. Steps are timed by one alone.
         minutes: begin no further run after this long.
+        tasks: names of tasks, where not all are wanted or not all bases are here; default the plan's.
         plan: tasks and seeds; another than the course's own needs a file of its own.
 
     Raises:
-        ValueError: for an unknown method, a number out of range, or a file that is no record of this comparison.
+        ValueError: for an unknown method or task, a number out of range, or a file that is no record of the referee.
         FileNotFoundError: if the file's folder does not exist, or a base is not here.
         RuntimeError: if another command writes this file, or a run failed; what had finished is recorded.
     """
     processes = processes if processes is not None else PROCESSES if torch.cuda.is_available() else 1
     check_limits(processes, minutes)
-    entrants = chosen(methods)
+    entrants, part = chosen(methods), with_tasks(plan, tasks)
     path = out or data_path("runs", f"{NAME}.json")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"no folder {path.parent} to write {path.name} into: make it, or name another file")
@@ -81,8 +84,8 @@ def referee(
         record, until = read(path, plan), deadline(minutes)
         do = partial(trial, plan)
         with shared_card(processes):
-            trained = work(lambda: missing(runs(plan, record, entrants), record), do, record, path, processes, until)
-        timed = partial(missing, steps(plan, entrants), record)
+            trained = work(lambda: missing(runs(part, record, entrants), record), do, record, path, processes, until)
+        timed = partial(missing, steps(part, entrants), record)
         return trained and work(timed, do, record, path, 1, until)
 
 
@@ -100,6 +103,17 @@ def chosen(methods: Sequence[str] | None) -> list[Entrant]:
         names = ", ".join(f"{each.name} ({each.method})" for each in everyone)
         raise ValueError(f"unknown method {min(unknown)!r}; entered are {names}")
     return [each for each in everyone if wanted & {each.name.lower(), each.method.lower()}]
+
+
+def with_tasks(plan: Plan, names: Sequence[str] | None) -> Plan:
+    """The plan with these of its tasks alone; without names, with all.
+
+    Raises:
+        ValueError: for a task that it does not have.
+    """
+    if unknown := set(names or ()) - plan.tasks.keys():
+        raise ValueError(f"unknown task {min(unknown)!r}; there are: {', '.join(plan.tasks)}")
+    return replace(plan, tasks={name: task for name, task in plan.tasks.items() if not names or name in names})
 
 
 def runs(plan: Plan, record: dict[str, Any], entrants: Sequence[Entrant]) -> list[Job]:
@@ -208,11 +222,12 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", action="append", help="an entrant or a method; may be repeated")
+    parser.add_argument("--task", action="append", choices=list(PLAN.tasks), help="may be repeated")
     parser.add_argument("--processes", type=int)
     parser.add_argument("--minutes", type=float)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
-    print(ending(referee(given.method, given.out, given.processes, given.minutes)))
+    print(ending(referee(given.method, given.out, given.processes, given.minutes, given.task)))
 
 
 if __name__ == "__main__":

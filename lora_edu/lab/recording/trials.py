@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import gc
 import math
 import tempfile
 import time
@@ -124,13 +125,15 @@ def file_bytes(model: nn.Module) -> int:
 def step_cost(plan: Plan, task: Task, entrant: Entrant) -> dict[str, Any]:
     """Time of a training step as a ratio to the reference's, in turns with it, and its peak memory on a GPU."""
     cuda = process_state().device.type == "cuda"
+    gc.collect()  # what earlier jobs of this process left
+    before = torch.cuda.memory_allocated() if cuda else 0
     own = _Steps(task, entrant)
     for _ in range(2):  # AdamW's moments come with the first step
         own()
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     own()
-    peak = torch.cuda.max_memory_allocated() if cuda else None
+    peak = torch.cuda.max_memory_allocated() - before if cuda else None
     times = paired_times({"own": own, "reference": _Steps(task, entrant_called(REFERENCE))}, plan.rounds, warmup=3)
     return {
         "step_ratio": round(times.ratio("own", "reference"), 3),
