@@ -25,9 +25,9 @@ from lora_edu.lab.training import accuracy, train
 from lora_edu.lab.word_order import word_order
 
 NAME = "labels"
-DRAWS = (0,)
+DRAWS = {"topics": (0,), "order": (0, 1)}
 LABELS = {"topics": (100, 500, 3000), "order": (500, 2000, 6000)}
-STEPS = {"topics": 80, "order": 140}
+STEPS = {"topics": 80, "order": 300}
 EXAMPLES, ASKED = 8, 60
 RATES = {"topics": 3e-3, "order": 1e-3}
 SCHEDULES = {"topics": "linear", "order": "constant"}
@@ -40,8 +40,8 @@ def jobs() -> list[Job]:
     prompts = [{"part": "prompt", "examples": way} for way in ("none", "random", "retrieved")]
     curve = [
         {"part": "labels", "task": task, "labels": labels, "draw": draw}
-        for draw in DRAWS
         for task in LABELS
+        for draw in DRAWS[task]
         for labels in LABELS[task]
     ]
     return [*prompts, *curve]
