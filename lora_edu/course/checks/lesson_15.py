@@ -101,12 +101,12 @@ def prefix_numbers(candidate: Callable[..., Any], hint: int = 1) -> Report:
         if got == right:
             return
         slips = {
+            layers * heads * width * tokens: "that is the queries",
             right // 2: "that is the keys alone, or the values",
             2 * layers * heads * width * tokens: "the query has that many heads; keys and values may have fewer",
             2 * kv * width * tokens: "that is one layer",
             2 * layers * width * tokens: "that is one head",
             2 * layers * kv * width: "that is one token",
-            layers * heads * width * tokens: "that is the queries",
         }
         note = slips.get(got, "")
         raise Wrong(
