@@ -122,7 +122,7 @@ def merge_and_unload(model: Any) -> nn.Module:
         elif isinstance(module, TrainedCopy):
             setattr(parent, attribute, module.module())
     model.__dict__.pop("adapter_state", None)
-    if getattr(getattr(model, "config", None), "tie_word_embeddings", False) and not tied_weight(model):
+    if getattr(getattr(model, "config", None), "tie_word_embeddings", False) and own_head(model):
         model.config.tie_word_embeddings = False  # or loading the saved model would tie them again
         warnings.warn(
             "the output head was tied to the embedding and now has weights of its own: "
@@ -138,12 +138,12 @@ def unwrapped(layer: AdapterLayer) -> nn.Module:
     return layer.frozen
 
 
-def tied_weight(model: Any) -> bool:
-    """Whether the output head uses the embedding's weight."""
+def own_head(model: Any) -> bool:
+    """Whether there is an output head over the vocabulary that does not use the embedding's weight."""
     if not hasattr(model, "get_output_embeddings"):
         return False
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    return head is not None and embedding is not None and head.weight is embedding.weight
+    return head is not None and embedding is not None and head.weight is not embedding.weight
 
 
 @contextmanager

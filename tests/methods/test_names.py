@@ -52,6 +52,7 @@ EXCEPTIONS = {
     "serving.inspection.settings": {"lora_parameters"},
     # A recorded experiment chooses its method, as a learner does; the choice is part of the record.
     "lab.recording.experiments": {"LoraConfig", "lora"},
+    "lab.recording.labels": {"LoraConfig"},
     "lab.recording.sweeps": {"lora"},
 }
 
