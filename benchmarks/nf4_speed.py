@@ -319,7 +319,11 @@ def main() -> None:
         elif part == "steps":
             record[part] = []
             for batch, length in [(2, tokens)] if arguments.toy else BATCHES:
-                record[part].append(steps(configs["7b"], batch, length, arguments.rounds, names) | about)
+                try:
+                    line = steps(configs["7b"], batch, length, arguments.rounds, names)
+                except torch.OutOfMemoryError as error:  # together they need more than one of them
+                    line = {"batch": batch, "tokens": length, "ways": {}, "failed": {"together": reason(error)}}
+                record[part].append(line | about)
                 write_record(record, arguments.out)  # a later shape may run out of memory or time
                 torch.compiler.reset()
                 empty()

@@ -68,8 +68,8 @@ def test_help(command):
         (
             ["full-run", "nothing"],
             "unknown recording 'nothing'; there are: smollm2_finetuning, smollm2_precision, smollm2_choices, "
-            "tiny_choices, tiny_schedules, referee, tiny_pretraining, memory_7b, memory_cases, speed_7b, loss_8b, "
-            "scaling",
+            "tiny_choices, tiny_schedules, referee, tiny_pretraining, memory_7b, memory_cases, nf4_speed, speed_7b, "
+            "loss_8b, scaling",
         ),
         (["full-run", "tiny_choices", "--shapes", "7b"], "tiny_choices takes no --shapes: a sweep takes --processes"),
         (["full-run", "tiny_choices", "--base", "gpt2"], "GPT2LMHeadModel without q_proj, k_proj"),

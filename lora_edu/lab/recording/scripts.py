@@ -56,6 +56,12 @@ SCRIPTS = {
         ("runs", "lines"),
         "a GPU of 80 GB or more",
     ),
+    "nf4_speed": Script(
+        "benchmarks/nf4_speed.py",
+        "lesson 14: NF4 and a QLoRA step beside bitsandbytes (--parts, --shapes)",
+        ("memory", "lines"),
+        "a GPU of 80 GB or more; bitsandbytes and PEFT to compare with",
+    ),
     "speed_7b": Script(
         "benchmarks/speed_7b.py",
         "lesson 24: a 7B LoRA step by every way to take it (--shape, --ways)",
