@@ -55,12 +55,11 @@ class LlamaCpp:
             prompt: a text, or token ids.
             request: further fields of the request, such as ``n_probs=10``.
         """
-        shares = [*scales, *[0.0] * (self.adapters - len(scales))]
         fields: Mapping[str, Any] = {
             "prompt": prompt,
             "n_predict": max_new_tokens,
             "temperature": 0,
-            "lora": [{"id": number, "scale": scale} for number, scale in enumerate(shares)],
+            "lora": self._at(scales),
             "cache_prompt": False,
         }
         return self.server.handle_completions({**fields, **request})
@@ -69,10 +68,23 @@ class LlamaCpp:
         """The greedy answer's text."""
         return self.complete(prompt, scales, max_new_tokens)["choices"][0]["text"].strip()
 
+    def chat(
+        self, messages: Sequence[Mapping[str, str]], scales: Sequence[float] = (), max_new_tokens: int = 24
+    ) -> str:
+        """The greedy answer to a conversation, which the chat template in the base's file turns into a prompt."""
+        request = {"messages": list(messages), "max_tokens": max_new_tokens, "temperature": 0, "cache_prompt": False}
+        answer = self.server.handle_chat_completions({**request, "lora": self._at(scales)})
+        return answer["choices"][0]["message"]["content"].strip()
+
     def first_logprobs(self, prompt: str | list[int], scales: Sequence[float] = (), most: int = 10) -> dict[int, float]:
         """{token id: logarithm of its probability} of the likeliest first tokens."""
         first = self.complete(prompt, scales, 1, n_probs=most)["choices"][0]["logprobs"]["content"][0]
         return {each["id"]: each["logprob"] for each in first["top_logprobs"]}
+
+    def _at(self, scales: Sequence[float]) -> list[dict[str, float]]:
+        """What a request says of the adapters; those not named stay at 0."""
+        shares = [*scales, *[0.0] * (self.adapters - len(scales))]
+        return [{"id": number, "scale": scale} for number, scale in enumerate(shares)]
 
 
 def is_installed() -> bool:

@@ -89,6 +89,20 @@ def moved(model):
     return model
 
 
+def losses_of_twenty_steps(model, loss_of, seed=3):
+    """Twenty steps of AdamW on what trains; ``loss_of(model)`` is the loss of a step, ``seed`` fixes dropout."""
+    torch.manual_seed(seed)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = loss_of(model)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
 def their_parameters(ours, theirs):
     """{our parameter's key: (our parameter, PEFT's)} for everything that trains."""
     modules = dict(theirs.base_model.model.named_modules())

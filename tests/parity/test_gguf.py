@@ -408,6 +408,9 @@ def test_smollm2_and_its_adapter_answer_in_llama_cpp(llama_cpp, smollm2, tmp_pat
         assert text == their_text
         assert len(text) >= 10
         assert distance(logprobs, theirs) < 1e-2
+    turns = [{"role": "user", "content": "What is a politician?"}]
+    prompt = smollm2.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    assert server.chat(turns, [1]) == server.ask(prompt, [1]) != server.chat(turns, [0])
 
 
 @pytest.mark.parity

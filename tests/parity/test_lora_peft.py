@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from shapes import TARGETS, batch_for, pair, relative_error, their_parameters, tiny_model
+from shapes import TARGETS, batch_for, losses_of_twenty_steps, pair, relative_error, their_parameters, tiny_model
 
 from lora_edu import LoraConfig, LoRALinear, count_parameters, disable_adapter, inject, merge, merge_and_unload, unmerge
 from lora_edu.core.adapter import adapter_layers
@@ -77,18 +77,7 @@ def test_the_fused_layers_compute_what_peft_computes(shape, options):
 def test_twenty_steps_of_training(shape, options):
     ours, theirs = pair(shape, **options)
     batch = batch_for(shape, ours)
-    losses = []
-    for model in (ours, theirs):
-        torch.manual_seed(3)
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-        history = []
-        for _ in range(20):
-            optimizer.zero_grad()
-            loss = model(**batch).loss
-            loss.backward()
-            optimizer.step()
-            history.append(loss.item())
-        losses.append(history)
+    losses = [losses_of_twenty_steps(model, lambda each: each(**batch).loss) for model in (ours, theirs)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-9)
     assert losses[0][-1] < losses[0][0]
     for key, (our, their) in their_parameters(ours, theirs).items():

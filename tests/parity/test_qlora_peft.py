@@ -6,7 +6,16 @@ import warnings
 import peft
 import pytest
 import torch
-from shapes import TARGETS, batch_for, moved, relative_error, take_values, their_parameters, tiny_model
+from shapes import (
+    TARGETS,
+    batch_for,
+    losses_of_twenty_steps,
+    moved,
+    relative_error,
+    take_values,
+    their_parameters,
+    tiny_model,
+)
 
 from lora_edu import (
     LoraConfig,
@@ -81,18 +90,7 @@ def test_forward_and_gradients(shape, options):
 def test_twenty_steps_of_training(options):
     ours, theirs = four_bit_pair("llama", **options)
     batch = batch_for("llama", ours)
-    losses = []
-    for model in (ours, theirs):
-        torch.manual_seed(3)
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-        history = []
-        for _ in range(20):
-            optimizer.zero_grad()
-            loss = model(**batch).loss
-            loss.backward()
-            optimizer.step()
-            history.append(loss.item())
-        losses.append(history)
+    losses = [losses_of_twenty_steps(model, lambda each: each(**batch).loss) for model in (ours, theirs)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-9)
     assert losses[0][-1] < losses[0][0]
     for key, (our, their) in their_parameters(ours, theirs).items():

@@ -75,7 +75,7 @@ def test_help(command):
         (["full-run", "tiny_choices", "--base", "gpt2"], "GPT2LMHeadModel without q_proj, k_proj"),
         (["full-run", "tiny_choices", "--method", "full"], "tiny_choices takes no --method: a sweep takes --processes"),
         (["full-run", "memory_7b", "--method", "full"], "memory_7b takes no --method: it takes --out"),
-        (["full-run", "referee", "--method", "magic"], "unknown method 'magic'; entered are full (Full fine-tuning), "),
+        (["full-run", "referee", "--method", "magic"], "unknown method 'magic'; entered are "),
         (["full-run", "referee", "--task", "sums"], "unknown task 'sums'; there are: smollm2-bierce, minilm-topics, "),
         (["full-run", "referee", "--base", "tiny"], "referee takes no --base: it takes --method, --task, --processes"),
         (["full-run", "referee", "--shapes", "7b"], "referee takes no --shapes: it takes --method, --task, --proc"),
@@ -127,7 +127,7 @@ def test_count():
 def test_full_run_lists_what_there_is_and_what_it_costs():
     result = call("full-run")
     assert result.exit_code == 0
-    assert len(result.stdout.splitlines()) == 5 + 1 + 6 + 2
+    assert len(result.stdout.splitlines()) == 5 + 1 + 7 + 2
     recorded = {"tiny_pretraining": "9 settings", "memory_7b": "144 lines", "speed_7b": "7 lines", "loss_8b": "7 ways"}
     for name, found in (recorded | {"memory_cases": "16 lines", "scaling": "18 lines"}).items():
         (line,) = [line for line in result.stdout.splitlines() if line.startswith(name)]
