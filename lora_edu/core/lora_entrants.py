@@ -4,7 +4,7 @@ Idea: The pretrained weight stays frozen, and a product of two thin matrices is 
 so optimizer states and files are small.
 Formula: y = W x + s · B A x, with A (r, in), B (out, r) and s = lora_alpha / r
 Cost: it trains r · (in + out) numbers in each adapted layer. Each forward pass computes two more small products, and
-the activations are kept as in full fine-tuning.
+most activations are kept as in full fine-tuning.
 Merging: exact up to one rounding: W + s · B A is a plain weight.
 Papers: [Hu et al. 2021](https://arxiv.org/abs/2106.09685) report full fine-tuning's quality with query and value
 adapted. [Biderman et al. 2024](https://arxiv.org/abs/2405.09673) find that LoRA learns less on code and mathematics,

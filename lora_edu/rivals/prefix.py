@@ -5,8 +5,8 @@ PEFT's name: ``PREFIX_TUNING``. Source: Li and Liang 2021 (https://arxiv.org/abs
 Idea: Every attention layer finds a few trained keys and values before those of the text. They work as if the model had
 read some words before, words that need not exist.
 Formula: softmax(q [P_k; K]ᵀ / √d) [P_v; V], with P_k and P_v trained in every layer
-Cost: 2 · layers · width numbers for each virtual token. In use each of them costs its place in every layer's cache and
-in the context that the model can read.
+Cost: 2 · layers · w numbers for each virtual token, with keys of width w in all their heads. In use each token costs
+its place in every layer's cache and in the context that the model can read.
 Merging: none; no weight does the same.
 Papers: [Li and Liang 2021](https://arxiv.org/abs/2101.00190) report full fine-tuning's quality in generation with 0.1 %
 of its numbers, and that training the prefix directly is unstable: they make it by a small network while it trains,

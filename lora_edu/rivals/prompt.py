@@ -5,7 +5,7 @@ PEFT's name: ``PROMPT_TUNING``. Source: Lester et al. 2021 (https://arxiv.org/ab
 Idea: A few trained vectors stand before the text's word embeddings, like words that are in no dictionary. The model
 itself is not touched.
 Formula: [P; E(x)] instead of E(x), with P (tokens, width) trained
-Cost: width numbers for each virtual token, the fewest of all here. In use each of them is a token to compute, to cache
+Cost: width numbers for each virtual token, and none in the layers. In use each of them is a token to compute, to cache
 and to take from the context.
 Merging: none; a plain model has no place for words that are no tokens.
 Papers: [Lester et al. 2021](https://arxiv.org/abs/2104.08691) find it far behind full fine-tuning in small models, and
