@@ -331,7 +331,7 @@ def test_a_sweep_of_another_base_is_done_into_a_file_of_its_own(monkeypatch, tmp
     few = [("few", {"steps": 1, "rows": 8, "r": 2, "seed": seed}) for seed in range(2)]
     monkeypatch.setitem(sweeps.SWEEPS, "few", lambda: few)
     monkeypatch.setattr(full_runs, "data_path", lambda *parts: tmp_path.joinpath("data", *parts))
-    monkeypatch.setattr(full_runs, "_work", lambda todo, *given: todo)
+    monkeypatch.setattr(full_runs, "work", lambda todo, *given: todo())
     first, second = full_runs.full_run("few", base=str(folder))
     assert first["base"] == second["base"] == str(folder)
     path = runs / "few-my-base.json"

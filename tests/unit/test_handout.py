@@ -45,7 +45,9 @@ def solution_lines(path):
 def test_all_by_default(everything):
     lessons = [path.name for path in list_notebooks(LESSONS)]
     exercises = [f"exercises/{path.name}" for path in list_notebooks(EXERCISES)]
-    assert names(everything) == sorted([*lessons, *exercises, "LICENSE", "LICENSE-lessons", "README.md"])
+    assert names(everything) == sorted(
+        [*lessons, *exercises, "LICENSE", "LICENSE-lessons", "README.md", "my_adapter.ipynb"]
+    )
 
 
 def test_no_solution_is_in_it(everything):

@@ -11,7 +11,7 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 
 from lora_edu import LoraConfig, count_parameters, dequantize_base, inject, load_adapter, quantize_base, save_adapter
 from lora_edu.core.adapter import adapter_layers
-from lora_edu.core.entrants import registered_entrants
+from lora_edu.core.entrants import Place, registered_entrants
 from lora_edu.core.layer import LoRALinear
 from lora_edu.core.state import adapter_state
 from lora_edu.counting.measure import saved_bytes
@@ -202,7 +202,7 @@ def test_dequantised_with_adapters_it_is_plain_lora():
 def test_it_joins_the_comparison():
     entrant = next(each for each in registered_entrants() if each.name == "qlora-r8")
     model = llama()
-    entrant.unfreeze(model, type("Place", (), {"targets": "all-linear"}))
+    entrant.unfreeze(model, Place("tiny", "CAUSAL_LM"))
     assert {type(each) for each in adapter_layers(model).values()} == {QLoRALinear}
 
 

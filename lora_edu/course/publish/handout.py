@@ -106,8 +106,9 @@ def contents(lessons: list[Path], exercises: Path = EXERCISES, library: bool = F
             lines[-1] += f"; exercises in `{folder}exercises/{path.name}`"
     for name in LICENCES:
         files[name] = (ROOT / name).read_bytes()
+    if library or any(MINE.name in path.read_text(encoding="utf-8") for path in lessons):
+        files[f"{folder}{MINE.name}"] = _cleared(MINE)  # lessons link it, and lora-edu lessons mine copies it
     if library:
-        files[MINE.relative_to(ROOT).as_posix()] = _cleared(MINE)  # which lora-edu lessons mine copies
         for name in LIBRARY:
             files[name] = (ROOT / name).read_bytes()
         for path in (path for name in FOLDERS for path in (ROOT / name).rglob("*")):
