@@ -154,13 +154,15 @@ def test_a_merged_folder_is_whole_and_answers_as_before(tmp_path):
     model, tokenizer = load_base("tiny")
     load_adapter(model, DEVIL)
     tokenizer.chat_template = "{{ messages[0]['content'] }} says"
+    model.generation_config.eos_token_id = model.generation_config.pad_token_id = 5  # not the tokenizer's
     folder = save_merged(model, tokenizer, tmp_path / "new" / "merged", max_new_tokens=17)
     assert {path.name for path in folder.parent.iterdir()} == {"merged"}
     assert len(adapter_layers(model)) == 21  # still beside its base
     plain, theirs = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     assert theirs.chat_template == tokenizer.chat_template
     assert plain.generation_config.max_new_tokens == 17
-    assert plain.generation_config.eos_token_id == tokenizer.eos_token_id
+    assert plain.generation_config.eos_token_id == tokenizer.eos_token_id != 5
+    assert plain.generation_config.pad_token_id == tokenizer.pad_token_id != 5
     found = same_answers(model, plain, theirs, PROMPTS)
     assert found.same == found.prompts == 3
     assert found.largest < 1e-4 * found.scale
