@@ -112,6 +112,33 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+class TrainingStep:
+    """One way's model and optimizer, which a subclass makes; a call takes one training step and keeps its loss."""
+
+    model: Any
+    optimizer: torch.optim.Optimizer
+    autocast = False  # to bfloat16
+
+    def __init__(self, ids: Tensor):
+        self.ids = ids
+        self.losses: list[Tensor] = []
+        self.run: Callable[[], Tensor] = self.eager
+
+    def eager(self) -> Tensor:
+        """Forward, backward, optimizer."""
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=self.autocast):
+            loss = self.model(input_ids=self.ids, labels=self.ids, use_cache=False).loss
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    def __call__(self) -> None:
+        loss = self.run()
+        synchronize()
+        self.losses.append(loss.clone())
+
+
 def allocated() -> int:
     """Bytes of live tensors on the device."""
     return torch.cuda.memory_allocated() if CUDA else 0

@@ -36,6 +36,7 @@ from memory_7b import (
     SHAPES,
     TOY,
     TOY_SHAPES,
+    TrainingStep,
     allocated,
     bitsandbytes_layer,
     empty,
@@ -43,7 +44,6 @@ from memory_7b import (
     new_quantised_model,
     peak,
     reset_peak,
-    synchronize,
 )
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -177,20 +177,19 @@ def dequantise(config: LlamaConfig, rounds: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-class Step:
+class Step(TrainingStep):
     """One way's model and optimizer; a call takes one training step and keeps its loss."""
 
     def __init__(self, way: dict[str, Any], config: LlamaConfig, ids: Tensor, pool: Any):
+        super().__init__(ids)
         start = allocated()
-        self.ids, self.model = ids, new_base(way["base"], config)
+        self.model = new_base(way["base"], config)
         adapt(self.model, way["lora"], wide=False)
         if way.get("compile"):
             compile_blocks(self.model)
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.trainable = sum(p.numel() for p in trained)
         self.optimizer = torch.optim.AdamW(trained, lr=1e-5, weight_decay=0.0, fused=CUDA, capturable=CUDA)
-        self.losses: list[Tensor] = []
-        self.run: Callable[[], Tensor] = self.eager
         for _ in range(3):  # compiles, and creates the optimizer's state
             self.eager()
         empty()
@@ -199,19 +198,6 @@ class Step:
         self.peak = peak() - start
         if way.get("capture") and CUDA:
             self.run = capture_step(self.eager, pool=pool)
-
-    def eager(self) -> Tensor:
-        """Forward, backward, optimizer."""
-        loss = self.model(input_ids=self.ids, labels=self.ids, use_cache=False).loss
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
-
-    def __call__(self) -> None:
-        loss = self.run()
-        synchronize()
-        self.losses.append(loss.clone())
 
 
 def steps(config: LlamaConfig, batch: int, tokens: int, rounds: int, names: list[str]) -> dict[str, Any]:

@@ -35,7 +35,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
-from memory_7b import CUDA, DEVICE, SEED, allocated, capacity, ceiling, empty, peak, reset_peak, synchronize, used
+from memory_7b import (
+    CUDA,
+    DEVICE,
+    SEED,
+    TrainingStep,
+    allocated,
+    capacity,
+    ceiling,
+    empty,
+    peak,
+    reset_peak,
+    synchronize,
+    used,
+)
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -109,7 +122,7 @@ def nbytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-class Step:
+class Step(TrainingStep):
     """One way's model and optimizer; a call takes one training step and keeps its loss.
 
     Args:
@@ -122,7 +135,8 @@ class Step:
     """
 
     def __init__(self, base: nn.Module, way: dict[str, Any], ids: Tensor, full: "Step | None", pool: Any):
-        self.ids, self.autocast = ids, way.get("float32", False)
+        super().__init__(ids)
+        self.autocast = way.get("float32", False)
         # Float32 weights are their own master copy: autocast computes in bfloat16, and the update is not rounded.
         self.model = copy.deepcopy(base).float() if self.autocast else on_the_same_weights(base)
         torch.manual_seed(SEED)
@@ -142,8 +156,6 @@ class Step:
         if full and "lora" not in way and not self.autocast:
             for p, same in zip(self.trained, full.trained, strict=True):
                 self.optimizer.state[p] = full.optimizer.state[same]
-        self.losses: list[Tensor] = []
-        self.run: Callable[[], Tensor] = self.eager
         for _ in range(3):  # compiles, and creates the optimizer's state
             self.eager()
         synchronize()
@@ -155,20 +167,6 @@ class Step:
         weights = [*(self.model if self.autocast else base).parameters(), *(self.trained if "lora" in way else [])]
         moments = [tensor for state in self.optimizer.state.values() for tensor in state.values()]
         self.peak = nbytes([*weights, *moments]) + peak() - start  # as if alone on the device
-
-    def eager(self) -> Tensor:
-        """Forward, backward, optimizer."""
-        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=self.autocast):
-            loss = self.model(input_ids=self.ids, labels=self.ids, use_cache=False).loss
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
-
-    def __call__(self) -> None:
-        loss = self.run()
-        synchronize()
-        self.losses.append(loss.clone())
 
     def close(self) -> None:
         """Nothing to end: this step runs in our own process."""
