@@ -119,6 +119,9 @@ def test_near_duplicates_share_half_of_their_runs_and_not_the_form_of_the_questi
     assert (first, other) == (30, 31)
     assert 0.5 <= share < 1
     assert near_duplicates(rows, share=0.9) == []
+    rows += [row("hen", f"a hen lays one egg a day, and {' '.join(f'then{i}' for i in range(40))}")]
+    rows += [row("egg", "a hen lays one egg a day")]  # whole in the longer one: the share is of the shorter
+    assert near_duplicates(rows)[0] == (32, 33, 1.0)
 
 
 def numbered(count):
