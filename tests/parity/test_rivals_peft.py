@@ -295,15 +295,21 @@ def test_soft_words_start_as_words_or_as_a_text(tmp_path):
 
 
 # Bottleneck adapters and BitFit, which PEFT does not have under these names
+FORMULAS = {
+    "relu": lambda z: z * (z > 0),
+    "gelu": lambda z: z * (1 + torch.erf(z / 2**0.5)) / 2,
+    "silu": lambda z: z / (1 + torch.exp(-z)),
+}
 
 
 @every_shape
 @pytest.mark.parametrize("placement", ["houlsby", "pfeiffer"])
-def test_bottleneck_adapters_are_the_papers_formula(shape, placement):
-    """h + U relu(D h + d) + u behind the last layers of attention and of the feed-forward network."""
+@pytest.mark.parametrize("f", list(FORMULAS))
+def test_bottleneck_adapters_are_the_papers_formula(shape, placement, f):
+    """h + U f(D h + d) + u behind the last layers of attention and of the feed-forward network."""
     base = tiny_model(shape)
     model = copy.deepcopy(base)
-    report = inject(model, BottleneckConfig(bottleneck_size=5, placement=placement))
+    report = inject(model, BottleneckConfig(bottleneck_size=5, placement=placement, non_linearity=f))
     ends = {"llama": ("o_proj", "down_proj"), "gpt2": ("attn.c_proj", "mlp.c_proj")}
     attention, feedforward = ends.get(shape, ("attention.output.dense", "output.dense"))
     behind_attention = {name for name in report.replaced if name.endswith(attention)}
@@ -319,7 +325,7 @@ def test_bottleneck_adapters_are_the_papers_formula(shape, placement):
 
         def hook(module, inputs, h):
             inner = torch.einsum("md,btd->btm", D, h) + d
-            return h + torch.einsum("dm,btm->btd", U, inner * (inner > 0)) + u
+            return h + torch.einsum("dm,btm->btd", U, FORMULAS[f](inner)) + u
 
         return hook
 
