@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -32,7 +34,7 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, about: tuple[Any, ...], *stored: Tensor | None) -> Tensor:
         ctx.about = about
         ctx.save_for_backward(*stored)
-        return F.linear(x, dequantize_nf4(_state(about, stored), x.dtype), bias)
+        return F.linear(x, _dense(stored, *about, x.dtype), bias)
 
     @staticmethod
     @once_differentiable
@@ -40,10 +42,45 @@ class _Product(torch.autograd.Function):
         stored = ctx.saved_tensors  # asked for once: checkpointing allows no more
         x_grad = bias_grad = None
         if ctx.needs_input_grad[0]:
-            x_grad = grad @ dequantize_nf4(_state(ctx.about, stored), grad.dtype)
+            x_grad = grad @ _dense(stored, *ctx.about, grad.dtype, after=grad)
         if ctx.needs_input_grad[1]:
             bias_grad = grad.reshape(-1, grad.shape[-1]).sum(0)
         return x_grad, bias_grad, *[None] * (1 + len(stored))
+
+
+@torch.library.custom_op("lora_edu::dense_weight", mutates_args=())
+def _dense(
+    stored: Sequence[Tensor | None],
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    block_size: int,
+    into: torch.dtype,
+    after: Tensor | None = None,
+) -> Tensor:
+    """The stored weight as numbers of type ``into``: one operator, into which ``torch.compile`` does not look.
+
+    If it did, it would see that both passes need the same numbers, and would keep those of the first for the second:
+    a dense model after all. ``after`` makes the second call another one: it waits for the gradient.
+    """
+    state = _state((torch.Size(shape), dtype, block_size), stored)
+    if not (state.packed.is_cuda and find_spec("triton")):
+        return dequantize_nf4(state, into)
+    return _fused()(state.packed, state.pairs, state.scales(), tuple(shape), dtype, block_size, into)
+
+
+@_dense.register_fake
+def _like_dense(stored: Any, shape: Any, dtype: Any, block_size: Any, into: Any, after: Any = None) -> Tensor:
+    return stored[0].new_empty(shape, dtype=into)
+
+
+@cache
+def _fused() -> Callable[..., Tensor]:
+    """``dequantize_nf4`` as one kernel, once the scales are numbers; compiled for each shape when it first occurs."""
+
+    def dequantize(packed: Tensor, pairs: Tensor, scales: Tensor, shape: Any, dtype: Any, block_size: int, into: Any):
+        return dequantize_nf4(NF4State(packed, scales, torch.Size(shape), dtype, block_size, pairs), into)
+
+    return torch.compile(dequantize, dynamic=False)
 
 
 def _state(about: tuple[Any, ...], stored: Sequence[Any]) -> NF4State:
@@ -63,8 +100,7 @@ class NF4Linear(nn.Linear):
     Shapes:
         x: (..., in) → (..., out).
 
-    Its backward pass dequantises again. Under ``torch.compile`` the compiler decides what is kept in between, and keeps
-    the dequantised weight: a step is then quick, and no smaller than one in sixteen bits (``runs/nf4_speed.json``).
+    Its backward pass dequantises again, under ``torch.compile``, too. On a GPU that is one kernel each time.
 
     Source: Dettmers et al. 2023, eq. 5. Built in lesson 14.
     """
@@ -72,8 +108,7 @@ class NF4Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        about = (torch.Size((self.out_features, self.in_features)), self.dtype, self.block_size)
-        return _Product.apply(x, self.bias, about, self.packed, *(getattr(self, name) for name in BUFFERS))
+        return _Product.apply(x, self.bias, self.about, *self.stored)
 
     def __init__(self, state: NF4State, bias: Tensor | None = None):
         nn.Module.__init__(self)  # nn.Linear's own would begin with a dense weight
@@ -85,15 +120,24 @@ class NF4Linear(nn.Linear):
             self.register_buffer(name, getattr(state, name), persistent=name not in TABLES)
 
     @property
+    def about(self) -> tuple[torch.Size, torch.dtype, int]:
+        """The weight's shape and dtype, and the block size."""
+        return torch.Size((self.out_features, self.in_features)), self.dtype, self.block_size
+
+    @property
+    def stored(self) -> list[Tensor | None]:
+        """The tensors that stand for the weight."""
+        return [self.packed.data, *(getattr(self, name) for name in BUFFERS)]
+
+    @property
     def state(self) -> NF4State:
         """The weight as it is stored."""
-        about = (torch.Size((self.out_features, self.in_features)), self.dtype, self.block_size)
-        return _state(about, [self.packed.data, *(getattr(self, name) for name in BUFFERS)])
+        return _state(self.about, self.stored)
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """The numbers that the four bits stand for, (out, in): made anew each time it is asked for."""
-        return dequantize_nf4(self.state)
+        return _dense(self.stored, *self.about, self.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NF4Linear:
         """Move as other modules do. A cast changes what the layer computes in; the scales stay as they were."""
