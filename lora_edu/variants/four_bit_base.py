@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from lora_edu.core.config import LoraConfig
 from lora_edu.core.inject import aimed
@@ -22,6 +23,7 @@ from lora_edu.nf4 import NF4_CODE, NF4State, PackedParameter, check_weight, dequ
 
 TABLES = ("pairs", "absmax_code")  # the same for every layer, so that no state_dict holds them
 BUFFERS = (*TABLES, "absmax", "absmax_scales", "absmax_offset")
+CAN_FUSE = find_spec("triton") is not None  # what torch.compile writes kernels in
 
 
 class _Product(torch.autograd.Function):
@@ -34,7 +36,7 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, about: tuple[Any, ...], *stored: Tensor | None) -> Tensor:
         ctx.about = about
         ctx.save_for_backward(*stored)
-        return F.linear(x, _dense(stored, *about, x.dtype), bias)
+        return F.linear(x, _dense(about, stored, x.dtype), bias)
 
     @staticmethod
     @once_differentiable
@@ -42,45 +44,26 @@ class _Product(torch.autograd.Function):
         stored = ctx.saved_tensors  # asked for once: checkpointing allows no more
         x_grad = bias_grad = None
         if ctx.needs_input_grad[0]:
-            x_grad = grad @ _dense(stored, *ctx.about, grad.dtype, after=grad)
+            x_grad = grad @ _dense(ctx.about, stored, grad.dtype)
         if ctx.needs_input_grad[1]:
             bias_grad = grad.reshape(-1, grad.shape[-1]).sum(0)
         return x_grad, bias_grad, *[None] * (1 + len(stored))
 
 
-@torch.library.custom_op("lora_edu::dense_weight", mutates_args=())
-def _dense(
-    stored: Sequence[Tensor | None],
-    shape: Sequence[int],
-    dtype: torch.dtype,
-    block_size: int,
-    into: torch.dtype,
-    after: Tensor | None = None,
-) -> Tensor:
-    """The stored weight as numbers of type ``into``: one operator, into which ``torch.compile`` does not look.
+def _dense(about: tuple[Any, ...], stored: Sequence[Any], into: torch.dtype) -> Tensor:
+    """The stored weight as numbers of type ``into``. On a GPU that is one kernel, which the compiler writes.
 
-    If it did, it would see that both passes need the same numbers, and would keep those of the first for the second:
-    a dense model after all. ``after`` makes the second call another one: it waits for the gradient.
+    It may then round a scale otherwise in float32's last bit than ``dequantize_nf4`` does by itself.
     """
-    state = _state((torch.Size(shape), dtype, block_size), stored)
-    if not (state.packed.is_cuda and find_spec("triton")):
-        return dequantize_nf4(state, into)
-    return _fused()(state.packed, state.pairs, state.scales(), tuple(shape), dtype, block_size, into)
-
-
-@_dense.register_fake
-def _like_dense(stored: Any, shape: Any, dtype: Any, block_size: Any, into: Any, after: Any = None) -> Tensor:
-    return stored[0].new_empty(shape, dtype=into)
+    if stored[0].is_cuda and CAN_FUSE and not torch.compiler.is_compiling():
+        return _fused()(about, stored, into)
+    return dequantize_nf4(_state(about, stored), into)
 
 
 @cache
 def _fused() -> Callable[..., Tensor]:
-    """``dequantize_nf4`` as one kernel, once the scales are numbers; compiled for each shape when it first occurs."""
-
-    def dequantize(packed: Tensor, pairs: Tensor, scales: Tensor, shape: Any, dtype: Any, block_size: int, into: Any):
-        return dequantize_nf4(NF4State(packed, scales, torch.Size(shape), dtype, block_size, pairs), into)
-
-    return torch.compile(dequantize, dynamic=False)
+    """``dequantize_nf4`` as one kernel, compiled for each shape when it first occurs."""
+    return torch.compile(lambda about, stored, into: dequantize_nf4(_state(about, stored), into), dynamic=False)
 
 
 def _state(about: tuple[Any, ...], stored: Sequence[Any]) -> NF4State:
@@ -108,7 +91,12 @@ class NF4Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(x.device.type))
+        if torch.compiler.is_compiling():  # the compiler decides what is kept in between, unless it is told so
+            return checkpoint(self._product, x, use_reentrant=False, preserve_rng_state=False)
         return _Product.apply(x, self.bias, self.about, *self.stored)
+
+    def _product(self, x: Tensor) -> Tensor:
+        return F.linear(x, _dense(self.about, self.stored, x.dtype), self.bias)
 
     def __init__(self, state: NF4State, bias: Tensor | None = None):
         nn.Module.__init__(self)  # nn.Linear's own would begin with a dense weight
@@ -137,7 +125,7 @@ class NF4Linear(nn.Linear):
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """The numbers that the four bits stand for, (out, in): made anew each time it is asked for."""
-        return _dense(self.stored, *self.about, self.dtype)
+        return _dense(self.about, self.stored, self.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NF4Linear:
         """Move as other modules do. A cast changes what the layer computes in; the scales stay as they were."""
