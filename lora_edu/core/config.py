@@ -175,7 +175,7 @@ class LoraConfig(AdapterConfig):
 
     Raises:
         ValueError: for a rank below 1 or not whole, a dropout outside [0, 1], an unknown word for ``bias``.
-        TypeError: for target_modules of another type.
+        TypeError: for target_modules, a pattern or loftq_config of another type.
     """
 
     peft_type: ClassVar[str] = "LORA"
@@ -204,6 +204,10 @@ class LoraConfig(AdapterConfig):
         self.rank_pattern = {pattern: check_rank(rank) for pattern, rank in self.rank_pattern.items()}
         for alpha in self.alpha_pattern.values():
             check_alpha(alpha)
+        if not isinstance(self.loftq_config, Mapping):
+            raise TypeError(f"loftq_config={self.loftq_config!r}: expected a dictionary such as {{'loftq_iter': 5}}")
+        if self.loftq_config and self.init_lora_weights != "loftq":
+            warnings.warn(f"loftq_config is ignored with init_lora_weights={self.init_lora_weights!r}", stacklevel=4)
         super().__post_init__()
 
     def rank_of(self, name: str) -> int:

@@ -87,10 +87,7 @@ class ShiftedLinear(LoRALinear):
                 f"r={self.r}: this layer of {self.in_features} inputs and {self.out_features} outputs has only {most} "
                 "directions to start from; lower r, or give this layer its own in rank_pattern"
             )
-        if self.scaling <= 0:
-            raise ValueError(
-                f"lora_alpha={self.lora_alpha}: a start away from zero needs a scale above zero, for example {self.r}"
-            )
+        check_scale(self)
         if self.weight.is_meta:
             raise ValueError(
                 "the pretrained weight is on the meta device, where there is nothing to start from: load it"
@@ -157,6 +154,14 @@ def shifted_builder(layer_class: type[ShiftedLinear], start_of: StartOf) -> Buil
         return layer_class(base, start_of(name, config, context), **config.settings_of(name), **context.settings)
 
     return build
+
+
+def check_scale(layer: LoRALinear) -> None:
+    """Raise unless the scale is above zero, so that the start can be divided by it."""
+    if layer.scaling <= 0:
+        raise ValueError(
+            f"lora_alpha={layer.lora_alpha}: a start away from zero needs a scale above zero, for example {layer.r}"
+        )
 
 
 def as_plain_lora(fields: dict[str, Any]) -> dict[str, Any]:
