@@ -367,7 +367,7 @@ def test_look_inside(small):
     [
         ({"rank": 8}, r"a job with \['rank'\]: the settings are base, task"),
         ({"method": "ful"}, "method='ful': expected 'lora' or 'full'"),
-        ({"start": "C"}, "start='C': expected 'A' or 'B', the factor that is random"),
+        ({"start": "C"}, "init_lora_weights='C'"),
         ({"dtype": "bf16"}, "dtype='bf16': expected 'float32' or 'bfloat16' or 'float16'"),
         ({"task": "wordnet_topics", "forgetting": True}, "a classifier has no loss on plain definitions"),
         ({"task": "devil"}, "unknown data set 'devil'"),

@@ -31,7 +31,7 @@ DEFAULTS: dict[str, Any] = {
     "use_rslora": False,
     "targets": "all-linear",
     "lora_dropout": 0.0,
-    "start": "A",  # which factor is random, the other is zero; "B": A at zero, and B drawn as A usually is
+    "start": "A",  # the factor that is random, the other is zero; "B": drawn as A usually is; or init_lora_weights
     "dtype": "float32",  # of the base, also of every weight that full fine-tuning trains
     "autocast_adapter_dtype": True,  # A and B in float32 on a base in half precision
     "learning_rate": 1e-3,
@@ -187,8 +187,6 @@ def _settings(job: dict[str, Any]) -> dict[str, Any]:
     settings = DEFAULTS | job
     if settings["method"] not in ("lora", "full"):
         raise ValueError(f"method={settings['method']!r}: expected 'lora' or 'full'")
-    if settings["start"] not in ("A", "B"):
-        raise ValueError(f"start={settings['start']!r}: expected 'A' or 'B', the factor that is random")
     if settings["dtype"] not in DTYPES:
         raise ValueError(f"dtype={settings['dtype']!r}: expected {' or '.join(map(repr, DTYPES))}")
     if settings["forgetting"] and settings["task"] == TOPICS_TASK:
@@ -207,6 +205,7 @@ def _prepared(settings: dict[str, Any]) -> tuple[nn.Module, dict[str, list]]:
     names = ("r", "lora_alpha", "use_rslora", "lora_dropout")
     config = LoraConfig(
         target_modules=settings["targets"],
+        init_lora_weights=True if settings["start"] in ("A", "B") else settings["start"],
         modules_to_save=["score"] if topics else None,
         **{name: settings[name] for name in names},
     )

@@ -158,7 +158,7 @@ def _tiny_schedules() -> Iterator[tuple[str, Job]]:
 
 
 def _tiny_starts() -> Iterator[tuple[str, Job]]:
-    """Lesson 16: three rules for alpha at four ranks, from either start, over rates; one long run for each.
+    """Lesson 16: three rules for alpha at four ranks, from either start, and PiSSA; over rates, one long run for each.
 
     Nothing is clipped: then two ratios of rates, scale and the start's size decide all, and LoRA+ with the ratio 16 is
     plain LoRA with 16 times the alpha. So alpha = 2r with LoRA+, either way round, needs no optimizer of its own.
@@ -175,6 +175,9 @@ def _tiny_starts() -> Iterator[tuple[str, Job]]:
                 for exponent in range(round(middle) - 4, round(middle) + 4):
                     job = {"start": start, "r": r, "lora_alpha": alpha, "learning_rate": 2.0**exponent, "seed": seed}
                     yield "starts", common | job
+        for exponent in range(-14, -6):  # the rates of plain LoRA at the same rank and scale
+            pissa = {"start": "pissa", "r": 16, "lora_alpha": 32.0, "learning_rate": 2.0**exponent, "seed": seed}
+            yield "starts", common | pissa
 
 
 def _smollm2_choices() -> Iterator[tuple[str, Job]]:
@@ -188,7 +191,7 @@ WHAT = {  # in a word, and what each needs
     "smollm2_choices": "lesson 10: one choice at a time; needs the base smollm2-135m",
     "tiny_choices": "lesson 10: one choice at a time, with the base tiny",
     "tiny_schedules": "lesson 07: a constant rate against one that falls, with the base tiny",
-    "tiny_starts": "lesson 16: rules for alpha and both starts over rates at four ranks, with the base tiny",
+    "tiny_starts": "lesson 16: rules for alpha, starts and PiSSA over rates at four ranks, with the base tiny",
 }
 SWEEPS = {
     "smollm2_finetuning": _finetuning,
