@@ -133,9 +133,8 @@ def test_the_probe_on_the_mean_leaves_padding_out():
     assert len(rows[0]["input_ids"]) < len(rows[1]["input_ids"])
     with torch.no_grad():
         for row, said in zip(rows, model(**collate(rows, 0)).logits, strict=True):
-            states = model.bert(
-                torch.tensor([row["input_ids"]]), torch.ones(1, len(row["input_ids"]))
-            ).last_hidden_state
+            alone = {name: each for name, each in collate([row], 0).items() if name != "labels"}
+            states = model.bert(**alone).last_hidden_state
             torch.testing.assert_close(said, model.classifier(states[0].mean(0)), rtol=1e-4, atol=1e-5)
 
 
