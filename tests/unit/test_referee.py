@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -18,7 +19,7 @@ from lora_edu.core.entrants import PARAGRAPHS, Place, register_entrant, register
 from lora_edu.core.inject import count_parameters
 from lora_edu.course.publish import methods
 from lora_edu.lab.datasets import collate
-from lora_edu.lab.recording import pool, referee, shared_card
+from lora_edu.lab.recording import pool, referee, shared_card, trials
 from lora_edu.lab.recording.records import Spread
 from lora_edu.lab.recording.standings import standing, tuned, verdict
 from lora_edu.lab.recording.tasks import PLAN, TASKS, Plan, Task, loaded
@@ -136,6 +137,29 @@ def test_the_probe_on_the_mean_leaves_padding_out():
             alone = {name: each for name, each in collate([row], 0).items() if name != "labels"}
             states = model.bert(**alone).last_hidden_state
             torch.testing.assert_close(said, model.classifier(states[0].mean(0)), rtol=1e-4, atol=1e-5)
+
+
+def test_peak_memory_does_not_depend_on_what_the_process_did_before(monkeypatch):
+    """A stand-in for a GPU: a model takes 100 bytes, its step 10 more; a process's first step takes 64 for good."""
+    gpu = {"models": 0, "for good": 0}
+
+    class Steps:
+        def __init__(self, task, entrant):
+            gpu["models"] += 100
+
+        def __call__(self):
+            gpu["for good"] = 64
+
+        def __del__(self):
+            gpu["models"] -= 100
+
+    monkeypatch.setattr(trials, "_Steps", Steps)
+    monkeypatch.setattr(trials, "process_state", lambda: SimpleNamespace(device=torch.device("cuda")))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: sum(gpu.values()))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: sum(gpu.values()) + 10)
+    job = {"stage": "step", "method": "lora-r2", "task": "small"}
+    assert [trial(FEW, job)["peak_bytes"] for _ in range(2)] == [110, 110]
 
 
 @pytest.mark.errors
