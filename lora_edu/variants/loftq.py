@@ -145,7 +145,7 @@ def iterations_in(settings: dict[str, Any]) -> int:
 
 def with_defaults(fields: dict[str, Any]) -> dict[str, Any]:
     """The fields of a file: PEFT wants both settings spelled out."""
-    return fields | {"loftq_config": DEFAULTS | fields["loftq_config"]}
+    return fields | {"loftq_config": DEFAULTS | fields.get("loftq_config", {})}
 
 
 register(
