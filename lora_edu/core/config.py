@@ -227,6 +227,10 @@ class LoraConfig(AdapterConfig):
             "use_rslora": self.use_rslora,
         }
 
+    def to_file(self) -> dict[str, Any]:
+        fields = super().to_file()
+        return {name: value for name, value in fields.items() if value or name != "loftq_config"}
+
     @classmethod
     def from_file(cls, fields: Mapping[str, Any]) -> Any:
         if fields.get("init_lora_weights", True) in INITS_THAT_KEEP_THE_BASE:
