@@ -145,6 +145,7 @@ class AdapterConfig:
 
 # Initialisations that leave the base's weights alone: once the adapter's tensors are loaded, they make no difference.
 INITS_THAT_KEEP_THE_BASE = (True, False, "gaussian", "orthogonal", "eva")
+STARTS_WITH_SETTINGS = ("eva", "lora_ga")  # those of eva_config and lora_ga_config
 
 
 @dataclass
@@ -162,6 +163,8 @@ class LoraConfig(AdapterConfig):
         use_rslora: scale by lora_alpha / √r.
         use_dora: weight-decomposed LoRA (lesson 17).
         init_lora_weights: True, False, ``"gaussian"``; ``"pissa"`` and others arrive with lesson 16.
+        eva_config, lora_ga_config: for ``"eva"`` an ``EvaConfig`` and for ``"lora_ga"`` a ``LoraGAConfig``; None means
+            their defaults. Both start from data: ``inject(..., batches=[...])``.
         modules_to_save: name endings of modules of which the adapter trains and saves a full copy.
         ensure_weight_tying: where head and embedding share a weight and one of them is in ``modules_to_save``, train
             one copy for both. Without it each has its own. For LoRA on such a layer it is refused.
@@ -184,6 +187,8 @@ class LoraConfig(AdapterConfig):
     use_rslora: bool = False
     use_dora: bool = False
     init_lora_weights: bool | str = True
+    eva_config: Any = None
+    lora_ga_config: Any = None
     ensure_weight_tying: bool = False
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
@@ -201,6 +206,12 @@ class LoraConfig(AdapterConfig):
         self.rank_pattern = {pattern: check_rank(rank) for pattern, rank in self.rank_pattern.items()}
         for alpha in self.alpha_pattern.values():
             check_alpha(alpha)
+        for start in STARTS_WITH_SETTINGS:
+            if getattr(self, f"{start}_config") is not None and self.init_lora_weights != start:
+                raise ValueError(
+                    f"{start}_config is given, and init_lora_weights={self.init_lora_weights!r} does not use it: set "
+                    f"init_lora_weights={start!r}, or leave {start}_config out"
+                )
         super().__post_init__()
 
     def rank_of(self, name: str) -> int:
@@ -211,10 +222,20 @@ class LoraConfig(AdapterConfig):
         """lora_alpha for the module called ``name``."""
         return first_match(self.alpha_pattern, name, self.lora_alpha)
 
+    def settings_of(self, name: str) -> dict[str, Any]:
+        """What the layer for the module called ``name`` is built with, whatever its start."""
+        return {
+            "r": self.rank_of(name),
+            "lora_alpha": self.alpha_of(name),
+            "lora_dropout": self.lora_dropout,
+            "use_rslora": self.use_rslora,
+        }
+
     @classmethod
     def from_file(cls, fields: Mapping[str, Any]) -> Any:
         if fields.get("init_lora_weights", True) in INITS_THAT_KEEP_THE_BASE:
             fields = {**fields, "init_lora_weights": True}
+            fields |= {f"{start}_config": None for start in STARTS_WITH_SETTINGS}
         return super().from_file(fields)
 
     def parts(self, model: nn.Module, names: Sequence[str], context: InjectionContext) -> list[Part]:
@@ -246,15 +267,8 @@ def lora_builder(layer_class: type[LoRALinear]) -> Build:
     """A builder of plain LoRA layers of one class."""
 
     def build(base: nn.Module, name: str, config: LoraConfig, context: InjectionContext) -> AdapterLayer:
-        return layer_class(
-            base,
-            r=config.rank_of(name),
-            lora_alpha=config.alpha_of(name),
-            lora_dropout=config.lora_dropout,
-            use_rslora=config.use_rslora,
-            init_lora_weights=config.init_lora_weights,
-            **context.settings,
-        )
+        start = config.init_lora_weights
+        return layer_class(base, **config.settings_of(name), init_lora_weights=start, **context.settings)
 
     return build
 
