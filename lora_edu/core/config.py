@@ -23,7 +23,7 @@ from lora_edu.core.vocabulary import tie_copies, tied_embeddings
 # Fields of PEFT's files that describe a run, a machine or a start, and change no number of a trained adapter.
 NEUTRAL_FIELDS = {
     "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_version", "peft_type",
-    "fan_in_fan_out", "megatron_config", "megatron_core", "runtime_config", "loftq_config", "eva_config",
+    "fan_in_fan_out", "megatron_config", "megatron_core", "runtime_config", "eva_config",
     "corda_config", "lora_ga_config", "qalora_group_size",
 }  # fmt: skip
 
@@ -162,9 +162,12 @@ class LoraConfig(AdapterConfig):
         bias: which biases train: ``"none"``, ``"all"``, or ``"lora_only"`` (those of adapted layers).
         use_rslora: scale by lora_alpha / √r.
         use_dora: weight-decomposed LoRA (lesson 17).
-        init_lora_weights: True, False, ``"gaussian"``; ``"pissa"`` and others arrive with lesson 16.
-        eva_config, lora_ga_config: for ``"eva"`` an ``EvaConfig`` and for ``"lora_ga"`` a ``LoraGAConfig``; None means
-            their defaults. Both start from data: ``inject(..., batches=[...])``.
+        init_lora_weights: True, False or ``"gaussian"``; of lesson 16 ``"pissa"``, ``"pissa_niter_4"`` (with any number
+            of iterations), ``"olora"`` and ``"loftq"``; and ``"eva"`` and ``"lora_ga"``, which start from data:
+            ``inject(..., batches=[...])``.
+        loftq_config: for ``"loftq"``: {"loftq_bits": 4, "loftq_iter": how often it alternates}.
+        eva_config, lora_ga_config: for ``"eva"`` an ``EvaConfig``, for ``"lora_ga"`` a ``LoraGAConfig``; None means
+            their defaults.
         modules_to_save: name endings of modules of which the adapter trains and saves a full copy.
         ensure_weight_tying: where head and embedding share a weight and one of them is in ``modules_to_save``, train
             one copy for both. Without it each has its own. For LoRA on such a layer it is refused.
@@ -187,6 +190,7 @@ class LoraConfig(AdapterConfig):
     use_rslora: bool = False
     use_dora: bool = False
     init_lora_weights: bool | str = True
+    loftq_config: dict[str, int] = field(default_factory=dict)
     eva_config: Any = None
     lora_ga_config: Any = None
     ensure_weight_tying: bool = False

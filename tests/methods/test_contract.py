@@ -122,6 +122,9 @@ METHODS = {
         lambda target_modules=None, **more: PromptTuningConfig(num_virtual_tokens=3, **more), "Prompt",
         mergeable=False, conv1d=True, fused=False, layers=False, at_base=False,
     ),
+    "PiSSA": Case(
+        lambda **more: lora(init_lora_weights="pissa", **more), "ShiftedLinear", conv1d=True, swapped="PiSSA"
+    ),
     "qlora": Case(lora, "QLoRALinear", mergeable=False, fused=False, four_bits=True),
 }  # fmt: skip
 BASES = ["biases", "no biases", "conv1d", "four bits"]
