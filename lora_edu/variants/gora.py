@@ -70,7 +70,9 @@ class GoraConfig(LoraConfig):
         if not 0 < self.gamma < math.inf:
             raise ValueError(f"gamma={self.gamma}: expected a step length above 0, for example 0.05")
         if self.use_dora or self.init_lora_weights is not True:
-            raise ValueError("GoRA is a start of its own, of plain LoRA: leave init_lora_weights and use_dora as they are")
+            raise ValueError(
+                "GoRA is a start of its own, of plain LoRA: leave init_lora_weights and use_dora as they are"
+            )
         lowest, highest = self.bounds()
         if not lowest <= self.r <= highest:
             raise ValueError(f"r_min={lowest} and r_max={highest}: expected r_min ≤ r={self.r} ≤ r_max")
