@@ -1,4 +1,4 @@
-"""EVA: start A at the directions in which a layer's inputs vary most, and give each layer ranks by them. Card in the book.
+"""EVA: start A at the directions in which a layer's inputs vary most, and share ranks out by them. Card in the book.
 
 Idea: LoRA's A starts at random, and at first only the part of the input that falls into its r directions is seen. EVA
 looks at a few batches and starts A at the directions in which what the layer reads varies most. Layers whose inputs
@@ -34,7 +34,7 @@ from lora_edu.core.entrants import register_entrant
 from lora_edu.core.layer import LoRAConv1D, LoRALinear
 from lora_edu.core.lora_entrants import RATES
 from lora_edu.core.methods import register
-from lora_edu.variants.from_data import Batch, Moments, exactly, features_out, input_moments, started_builder
+from lora_edu.variants.from_data import Batch, Moments, exactly, features, input_moments, started_builder
 from lora_edu.variants.qlora import QLoRALinear
 
 
@@ -118,7 +118,7 @@ def prepare(config: LoraConfig, model: nn.Module, batches: Iterable[Batch]) -> d
         most = round(settings.rho * max(asked[name] for name in names))
         together = principal_directions(moments, most)
         for name in names:
-            possible = min(moments.scatter.shape[0], features_out(config.targets[name]))
+            possible = min(features(config.targets[name]))
             found[name] = together[0][:possible], together[1][:possible], together[2][:possible]
     found = {name: found[name] for name in config.targets}  # in the model's order
     budget = sum(asked.values())
@@ -129,7 +129,7 @@ def prepare(config: LoraConfig, model: nn.Module, batches: Iterable[Batch]) -> d
         if rank:
             directions, sigma, _ = found[name]
             A = directions[:rank] / sigma[:rank, None].sqrt() if settings.whiten else directions[:rank]
-            starts[name] = A, torch.zeros(features_out(config.targets[name]), rank)
+            starts[name] = A, torch.zeros(features(config.targets[name])[1], rank)
     alphas = {name: config.alpha_of(name) for name in ranks}
     if settings.adjust_scaling_factors:
         alphas = {name: alpha * ranks[name] / asked[name] for name, alpha in alphas.items()}

@@ -58,7 +58,7 @@ class _Sums:
 
 
 def input_moments(
-    model: nn.Module, targets: Mapping[str, nn.Module], batches: Iterable[Batch], ignored_label: int | None
+    model: nn.Module, targets: Mapping[str, Any], batches: Iterable[Batch], ignored_label: int | None
 ) -> Iterator[tuple[list[str], Moments]]:
     """The moments of what layers read, in float64: (names of the layers that read the same, moments).
 
@@ -72,7 +72,7 @@ def input_moments(
     """
     batches = checked(batches)
     groups = reading_together(model, targets, batches[0])
-    sizes = {first: 8 * features_in(targets[first]) ** 2 for first in groups}
+    sizes = {first: 8 * features(targets[first])[0] ** 2 for first in groups}
     for firsts, bar in passes(sizes, len(batches), "reading layer inputs"):
         sums = {first: _Sums() for first in firsts}
         layers = {first: targets[first] for first in firsts}
@@ -95,7 +95,7 @@ def input_moments(
 
 
 def weight_gradients(
-    model: nn.Module, targets: Mapping[str, nn.Module], batches: Iterable[Batch]
+    model: nn.Module, targets: Mapping[str, Any], batches: Iterable[Batch]
 ) -> Iterator[tuple[str, Tensor]]:
     """(name, mean over the batches of ∂loss/∂W), each (out, in) and at least float32.
 
@@ -201,7 +201,7 @@ def inputs_of(model: nn.Module, layers: Mapping[str, nn.Module], batch: Batch) -
     return found
 
 
-def reading_together(model: nn.Module, targets: Mapping[str, nn.Module], batch: Batch) -> dict[str, list[str]]:
+def reading_together(model: nn.Module, targets: Mapping[str, Any], batch: Batch) -> dict[str, list[str]]:
     """Layers that are called with the same tensors, such as query, key and value: {the first of them: all}."""
     groups: dict[tuple[int, ...], list[str]] = {}
     found = inputs_of(model, targets, batch)
@@ -235,14 +235,11 @@ def rows_that_count(x: Tensor, positions: Tensor | None) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def features_in(layer: nn.Module) -> int:
-    """How many numbers a linear layer reads."""
-    return layer.weight.shape[0] if isinstance(layer, Conv1D) else layer.in_features
-
-
-def features_out(layer: nn.Module) -> int:
-    """How many numbers a linear layer puts out."""
-    return layer.weight.shape[1] if isinstance(layer, Conv1D) else layer.out_features
+def features(layer: Any) -> tuple[int, int]:
+    """(in, out) of a linear layer, whatever it stores."""
+    if isinstance(layer, Conv1D):
+        return layer.weight.shape[0], layer.weight.shape[1]
+    return layer.in_features, layer.out_features
 
 
 def passes(sizes: Mapping[str, int], batches: int, what: str) -> Iterator[tuple[list[str], tqdm]]:

@@ -1,4 +1,4 @@
-"""GoRA's start: ranks by how much weight and gradient matter together, and a first step already taken. Card in the book.
+"""GoRA's start: ranks by weight times gradient, and the first step of gradient descent taken. Card in the book.
 
 Idea: Before training, the gradients of the full weights are averaged over a few batches. Layers in which weight times
 gradient is large get more ranks. A starts at random as in LoRA, and B so that s · B A is as much of a step against the
@@ -27,20 +27,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from lora_edu.core.adapter import at_least_float32
 from lora_edu.core.config import LoraConfig
 from lora_edu.core.entrants import register_entrant
 from lora_edu.core.layer import LoRAConv1D, LoRALinear, check_rank, scale_of
 from lora_edu.core.methods import register
-from lora_edu.variants.from_data import (
-    Batch,
-    exactly,
-    features_in,
-    features_out,
-    started_builder,
-    weight_gradients,
-)
+from lora_edu.variants.from_data import Batch, exactly, features, started_builder, weight_gradients
 
 
 @dataclass
@@ -112,14 +106,13 @@ class GoraConfig(LoraConfig):
 
     def most(self, name: str) -> int:
         """The largest rank that this layer can get."""
-        layer = self.targets[name]
-        return min(self.bounds()[1], features_in(layer), features_out(layer))
+        return min(self.bounds()[1], *features(self.targets[name]))
 
     def ranks(self, importance: Mapping[str, float]) -> dict[str, int]:
         """The ranks, by each layer's part of all importance."""
         if not (total := math.fsum(importance.values())):
             raise ValueError("every gradient is zero: GoRA cannot tell which layers matter; pass batches with a loss")
-        widths = {name: math.sqrt(sum(self.targets[name].weight.shape)) for name in importance}
+        widths = {name: math.sqrt(sum(features(self.targets[name]))) for name in importance}
         budget = self.r * sum(widths.values())
         lowest = self.bounds()[0]
         return {
@@ -132,13 +125,13 @@ class GoraConfig(LoraConfig):
         return {name: value for name, value in fields.items() if name not in ("gamma", "r_min", "r_max")}
 
 
-def importance_of(layer: nn.Module, gradient: Tensor) -> float:
-    """mean |W ⊙ G|: how much the loss would change, to first order, if weights were changed in proportion to their size.
+def importance_of(layer: Any, gradient: Tensor) -> float:
+    """mean |W ⊙ G|: to first order, how much the loss depends on changes in proportion to the weights.
 
     Source: He et al. 2025, equation 5.
     """
-    weight = layer.weight if layer.weight.shape == gradient.shape else layer.weight.T
-    return (at_least_float32(weight.detach()) * gradient).abs().mean().item()
+    gradient = gradient.T if isinstance(layer, Conv1D) else gradient
+    return (at_least_float32(layer.weight.detach()) * gradient).abs().mean().item()
 
 
 def first_step(A: Tensor, products: Tensor, gamma: float, scaling: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""LoRA-GA: start A and B at singular directions of the gradient, so that the first step goes where full tuning would go.
+"""LoRA-GA: start A and B at singular directions of the gradient, so that the first step is full tuning's, nearly.
 
 Idea: The first step of LoRA with a random A moves the weight in directions that have little to do with the gradient of
 the full weight. LoRA-GA averages this gradient over a few batches, decomposes it, and starts A and B at its largest
@@ -33,7 +33,7 @@ from lora_edu.core.config import LoraConfig
 from lora_edu.core.entrants import register_entrant
 from lora_edu.core.methods import InjectionContext, register
 from lora_edu.lowrank import truncated_svd
-from lora_edu.variants.from_data import Batch, weight_gradients
+from lora_edu.variants.from_data import Batch, features, weight_gradients
 from lora_edu.variants.shifted import ShiftedConv1D, ShiftedLinear, Start, as_plain_lora, shifted_builder
 
 DIRECTIONS = ("ArBr", "A2rBr", "ArB2r", "random")
@@ -112,11 +112,11 @@ def prepare(config: LoraConfig, model: nn.Module, batches: Iterable[Batch]) -> d
     """
     settings_of(config)
     for name, layer in config.targets.items():
-        most, r = min(layer.weight.shape), config.rank_of(name)
+        most, r = min(features(layer)), config.rank_of(name)
         if 2 * r > most:
             raise ValueError(
                 f"r={r}: LoRA-GA takes 2r = {2 * r} singular directions, and the gradient of {name!r}, "
-                f"{tuple(layer.weight.shape)}, has {most}; choose r ≤ {most // 2}, for this layer in rank_pattern"
+                f"{features(layer)} (in, out), has {most}; choose r ≤ {most // 2}, for this layer in rank_pattern"
             )
     gradients = weight_gradients(model, config.targets, batches)
     return {name: truncated_svd(gradient, 2 * config.rank_of(name)) for name, gradient in gradients}
