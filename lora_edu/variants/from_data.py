@@ -109,10 +109,11 @@ def weight_gradients(
     """
     batches = checked(batches)
     for name, layer in targets.items():
-        if not layer.weight.is_floating_point():
+        stored = layer._parameters.get("weight")
+        if stored is None or not stored.is_floating_point():
             raise ValueError(
-                f"layer {name!r} stores its weight as {layer.weight.dtype}, which has no gradient: start from data "
-                "before the base is quantised, or choose a start that needs no gradients, such as 'eva'"
+                f"layer {name!r} is a {type(layer).__name__}, which stores no weight that could have a gradient: use a "
+                "base that is not quantised, or a start that needs no gradients, such as 'eva'"
             )
     sizes = {name: 4 * layer.weight.numel() for name, layer in targets.items()}
     for names, bar in passes(sizes, len(batches), "summing gradients"):

@@ -52,6 +52,7 @@ def ours_started(shape, dtype, settings, **options):
         init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig(**settings), target_modules=TARGETS[shape],
         **(OPTIONS | options),
     )  # fmt: skip
+    torch.manual_seed(4)  # for "random"
     inject(model, config, batches=batches_for(shape))
     return model.train()
 
@@ -141,7 +142,7 @@ def test_the_start_is_the_formulas_in_float64(shape, direction, scale):
         own = layers[name]
         assert relative_error(own.lora_A.abs(), A.abs()) <= 1e-9, name
         assert relative_error(own.lora_B.abs(), B.abs()) <= 1e-9, name
-        assert own.delta_weight().abs().max() <= 1e-15
+        assert own.delta_weight().abs().max() <= 1e-12
         assert torch.equal(own.start_A, own.lora_A)
         assert torch.equal(own.start_B, own.lora_B)
         assert torch.equal(own.frozen.weight, layer.weight)
