@@ -8,15 +8,16 @@ explain the largest shares of their layers' variance, at most ρ · r to a layer
 Cost: a few batches are read before training, and for each different input an in × in matrix is decomposed. Then it is
 LoRA, with about as many numbers: where narrow layers gain ranks from wide ones it is fewer.
 Merging: as LoRA's: W + s · B A.
-Papers: [Paischer et al. 2024](https://arxiv.org/abs/2410.07170) report quicker convergence than other starts and the
-best average in language, vision and reinforcement learning. [Lee et al. 2026](https://arxiv.org/abs/2602.04998), who
-compared nine variants with tuned learning rates, not all of them starts, find that LoRA's best comes within one or two
-percent.
+Papers: [Paischer et al. 2024](https://arxiv.org/abs/2410.07170) report quicker convergence than that of other methods,
+and the best average in each of language, vision and reinforcement learning. [He et al.
+2026](https://arxiv.org/abs/2601.22708), who compare LoRA's variants in one code base, find that LoRA with proper
+settings, the learning rate above all, does as well as most of them or better.
 
 Switched on by ``LoraConfig(init_lora_weights="eva", eva_config=EvaConfig(...))`` and ``inject(..., batches=[...])``.
 PEFT decomposes the same rows step by step and approximately; here their second moments are summed in float64 and
-decomposed once (``from_data.py`` sums them), which gives the same directions without PEFT's error. The layer is
-``LoRALinear``, the file a plain LoRA with ``rank_pattern``.
+decomposed once (``from_data.py`` sums them), which gives the same directions without PEFT's error. Where several layers
+read the same, PEFT's ``whiten`` divides their common directions once for each of them; here it divides once. The layer
+is ``LoRALinear``, the file a plain LoRA with ``rank_pattern``.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from lora_edu.variants.qlora import QLoRALinear
 
 @dataclass
 class EvaConfig:
-    """Settings of EVA. Names and defaults are PEFT's.
+    """Settings of EVA. Names and defaults are PEFT's. Card in the book.
 
     Args:
         rho: a layer gets at most rho · r ranks; 1.0 leaves the ranks as they are.
@@ -75,7 +76,7 @@ def principal_directions(moments: Moments, most: int) -> tuple[Tensor, Tensor, T
     Returns:
         Directions (k, in) as rows of length 1, their singular values (k,), falling, and their shares of the variance.
 
-    Source: Paischer et al. 2024, section 3.
+    Source: Paischer et al. 2024.
     """
     values, vectors = torch.linalg.eigh(moments.scatter)  # rising; an eigenvector is a column
     values, directions = values.flip(0)[:most], vectors[:, -most:].T.flip(0)
