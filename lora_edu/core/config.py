@@ -145,7 +145,7 @@ class AdapterConfig:
 
 # Initialisations that leave the base's weights alone: once the adapter's tensors are loaded, they make no difference.
 INITS_THAT_KEEP_THE_BASE = (True, False, "gaussian", "orthogonal", "eva")
-STARTS_WITH_SETTINGS = ("eva", "lora_ga")  # those of eva_config and lora_ga_config
+STARTS_WITH_SETTINGS = ("loftq", "eva", "lora_ga")  # those of loftq_config, eva_config and lora_ga_config
 
 
 @dataclass
@@ -179,7 +179,7 @@ class LoraConfig(AdapterConfig):
 
     Raises:
         ValueError: for a rank below 1 or not whole, a dropout outside [0, 1], an unknown word for ``bias``.
-        TypeError: for target_modules of another type.
+        TypeError: for target_modules, a pattern or loftq_config of another type.
     """
 
     peft_type: ClassVar[str] = "LORA"
@@ -210,12 +210,12 @@ class LoraConfig(AdapterConfig):
         self.rank_pattern = {pattern: check_rank(rank) for pattern, rank in self.rank_pattern.items()}
         for alpha in self.alpha_pattern.values():
             check_alpha(alpha)
+        if not isinstance(self.loftq_config, Mapping):
+            raise TypeError(f"loftq_config={self.loftq_config!r}: expected a dictionary such as {{'loftq_iter': 5}}")
         for start in STARTS_WITH_SETTINGS:
-            if getattr(self, f"{start}_config") is not None and self.init_lora_weights != start:
-                raise ValueError(
-                    f"{start}_config is given, and init_lora_weights={self.init_lora_weights!r} does not use it: set "
-                    f"init_lora_weights={start!r}, or leave {start}_config out"
-                )
+            if getattr(self, f"{start}_config") and self.init_lora_weights != start:
+                ignored = f"{start}_config is ignored with init_lora_weights={self.init_lora_weights!r}"
+                warnings.warn(ignored, stacklevel=4)
         super().__post_init__()
 
     def rank_of(self, name: str) -> int:
@@ -234,6 +234,10 @@ class LoraConfig(AdapterConfig):
             "lora_dropout": self.lora_dropout,
             "use_rslora": self.use_rslora,
         }
+
+    def to_file(self) -> dict[str, Any]:
+        unset = {f"{start}_config" for start in STARTS_WITH_SETTINGS if not getattr(self, f"{start}_config")}
+        return {name: value for name, value in super().to_file().items() if name not in unset}
 
     @classmethod
     def from_file(cls, fields: Mapping[str, Any]) -> Any:

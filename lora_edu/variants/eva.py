@@ -171,7 +171,7 @@ def check_ranks(ranks: Mapping[str, int], budget: int) -> None:
 
 def file_fields(fields: dict[str, Any]) -> dict[str, Any]:
     """The file's fields: once it has started it is a plain LoRA."""
-    return fields | {"init_lora_weights": True, "eva_config": None}
+    return {name: value for name, value in fields.items() if name != "eva_config"} | {"init_lora_weights": True}
 
 
 register(

@@ -26,6 +26,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -140,13 +141,18 @@ def start_of(name: str, config: LoraConfig, context: InjectionContext) -> Start:
     return partial(lora_ga_start, gradient=context.shared.pop(name), settings=settings_of(config))
 
 
+def file_fields(fields: dict[str, Any]) -> dict[str, Any]:
+    """The file's fields: a plain LoRA of twice the rank."""
+    return as_plain_lora({name: value for name, value in fields.items() if name != "lora_ga_config"})
+
+
 register(
     "LoRA-GA",
     LoraConfig,
     {layer.kind: shifted_builder(layer, start_of) for layer in (ShiftedLinear, ShiftedConv1D)},
     applies=lambda config: config.init_lora_weights == "lora_ga" and not config.use_dora,
     prepare=prepare,
-    file_fields=lambda fields: as_plain_lora(fields) | {"lora_ga_config": None},
+    file_fields=file_fields,
 )
 
 register_entrant(

@@ -1,14 +1,14 @@
 """OLoRA: start from the weight's own QR decomposition, with an orthonormal B. Card in the book.
 
 Idea: As in PiSSA the adapter starts as a part of the weight, which it then trains. The part is read off a QR
-decomposition, so that the columns of B are orthonormal; it is not the largest part.
+decomposition, so that the columns of B are orthonormal. It is not the largest part: it holds the first r columns of the
+weight, and what of the others lies in their span, so that another order of the inputs is another start.
 Formula: W = Q R, with B₀ the first r columns of Q and A₀ the first r rows of R; y = (W − s · B₀ A₀) x + s · B A x
 Cost: one QR decomposition of each weight before training, cheaper than a singular value decomposition. From then on as
 PiSSA: LoRA's numbers train, and the start is kept and multiplied beside them.
 Merging: exact up to one rounding: W + s · (B A − B₀ A₀) is a plain weight. A file is a plain LoRA of twice the rank.
 Papers: [Büyükakyüz 2024](https://arxiv.org/abs/2406.01775) reports quicker convergence and better results than LoRA's
-on several language tasks. Q and R depend on the order of the weight's columns: s · B₀ A₀ holds all of the first r
-columns (at s = 1, nothing of them stays frozen), whichever inputs these are.
+on a number of language tasks.
 
 Switched on by ``LoraConfig(init_lora_weights="olora")``, as in PEFT, whose version takes the start out of the frozen
 weight and cannot be called on GPT-2's ``Conv1D``. See ``shifted.py`` for what is done here.
@@ -40,7 +40,7 @@ def olora_start(W: Tensor, r: int, s: float) -> tuple[Tensor, Tensor]:
     Returns:
         A₀ (r, in) and B₀ (out, r).
 
-    Source: Büyükakyüz 2024, section 3. Card in the book.
+    Source: Büyükakyüz 2024. Card in the book.
     """
     Q, R = torch.linalg.qr(W)
     return R[:r], Q[:, :r]

@@ -219,13 +219,18 @@ def test_four_bits_have_no_gradient_and_eva_needs_none(name):
         (lambda: GoraConfig(r=8, r_min=9), ValueError, "r_min=9 and r_max=32: expected r_min ≤ r=8"),
         (lambda: GoraConfig(r_max=2.5), ValueError, "r=2.5: the rank must be a whole number"),
         (lambda: GoraConfig(init_lora_weights="eva"), ValueError, "GoRA is a start of its own"),
-        (lambda: LoraConfig(eva_config=EvaConfig()), ValueError, "set init_lora_weights='eva', or leave eva_config"),
-        (lambda: LoraConfig(lora_ga_config=LoraGAConfig(), init_lora_weights="eva"), ValueError, "lora_ga_config is"),
     ],
 )
 def test_settings_that_make_no_sense(make, error, says):
     with pytest.raises(error, match=says):
         make()
+
+
+def test_settings_of_another_start_are_ignored_with_a_warning():
+    with pytest.warns(UserWarning, match="eva_config is ignored with init_lora_weights=True"):
+        LoraConfig(eva_config=EvaConfig())
+    with pytest.warns(UserWarning, match="lora_ga_config is ignored with init_lora_weights='eva'"):
+        LoraConfig(lora_ga_config=LoraGAConfig(), init_lora_weights="eva")
 
 
 @pytest.mark.parametrize(
