@@ -187,6 +187,6 @@ register_entrant(
     "eva-r8",
     method="EVA",
     config=lambda place: LoraConfig(r=8, lora_alpha=16, target_modules=place.targets, init_lora_weights="eva"),
-    rates=RATES,
+    rates=RATES | {"tiny": (5e-4, 1e-3, 2e-3, 5e-3, 1e-2)},
     card=__doc__,
 )

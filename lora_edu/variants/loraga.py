@@ -161,8 +161,8 @@ register_entrant(
     config=lambda place: LoraConfig(r=8, lora_alpha=16, target_modules=place.targets, init_lora_weights="lora_ga"),
     rates={
         "tiny": (2e-4, 5e-4, 1e-3, 2e-3, 5e-3),
-        "smollm2-135m": (5e-5, 1e-4, 2e-4, 5e-4, 1e-3),
-        "minilm": (5e-5, 1e-4, 2e-4, 5e-4, 1e-3),
+        "smollm2-135m": (1e-4, 2e-4, 5e-4, 1e-3, 2e-3),
+        "minilm": (2e-4, 5e-4, 1e-3, 2e-3, 5e-3),
     },
     card=__doc__,
 )
