@@ -26,7 +26,10 @@ if TYPE_CHECKING:
     from lora_edu.rivals.prompt import PromptTuningConfig
     from lora_edu.serving.hotswap import hotswap_adapter
     from lora_edu.serving.mixed import adapter_names
+    from lora_edu.variants.eva import EvaConfig
     from lora_edu.variants.four_bit_base import quantize_base
+    from lora_edu.variants.gora import GoraConfig
+    from lora_edu.variants.loraga import LoraGAConfig
     from lora_edu.variants.qlora import dequantize_base
 
 # Public name → the module it comes from, by the lesson that builds it or uses it first.
@@ -57,6 +60,9 @@ _HOMES = {
     "IA3Config": "lora_edu.rivals.ia3",
     "PrefixTuningConfig": "lora_edu.rivals.prefix",
     "PromptTuningConfig": "lora_edu.rivals.prompt",
+    "EvaConfig": "lora_edu.variants.eva",  # 16
+    "GoraConfig": "lora_edu.variants.gora",
+    "LoraGAConfig": "lora_edu.variants.loraga",
 }
 __all__ = list(_HOMES)
 

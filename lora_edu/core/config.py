@@ -145,6 +145,7 @@ class AdapterConfig:
 
 # Initialisations that leave the base's weights alone: once the adapter's tensors are loaded, they make no difference.
 INITS_THAT_KEEP_THE_BASE = (True, False, "gaussian", "orthogonal", "eva")
+STARTS_WITH_SETTINGS = ("loftq", "eva", "lora_ga")  # those of loftq_config, eva_config and lora_ga_config
 
 
 @dataclass
@@ -162,8 +163,11 @@ class LoraConfig(AdapterConfig):
         use_rslora: scale by lora_alpha / √r.
         use_dora: weight-decomposed LoRA (lesson 17).
         init_lora_weights: True, False or ``"gaussian"``; of lesson 16 ``"pissa"``, ``"pissa_niter_4"`` (with any number
-            of iterations), ``"olora"`` and ``"loftq"``.
+            of iterations), ``"olora"`` and ``"loftq"``; and ``"eva"`` and ``"lora_ga"``, which start from data:
+            ``inject(..., batches=[...])``.
         loftq_config: for ``"loftq"``: {"loftq_bits": 4, "loftq_iter": how often it alternates}.
+        eva_config, lora_ga_config: for ``"eva"`` an ``EvaConfig``, for ``"lora_ga"`` a ``LoraGAConfig``; None means
+            their defaults.
         modules_to_save: name endings of modules of which the adapter trains and saves a full copy.
         ensure_weight_tying: where head and embedding share a weight and one of them is in ``modules_to_save``, train
             one copy for both. Without it each has its own. For LoRA on such a layer it is refused.
@@ -187,6 +191,8 @@ class LoraConfig(AdapterConfig):
     use_dora: bool = False
     init_lora_weights: bool | str = True
     loftq_config: dict[str, int] = field(default_factory=dict)
+    eva_config: Any = None
+    lora_ga_config: Any = None
     ensure_weight_tying: bool = False
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
@@ -206,8 +212,10 @@ class LoraConfig(AdapterConfig):
             check_alpha(alpha)
         if not isinstance(self.loftq_config, Mapping):
             raise TypeError(f"loftq_config={self.loftq_config!r}: expected a dictionary such as {{'loftq_iter': 5}}")
-        if self.loftq_config and self.init_lora_weights != "loftq":
-            warnings.warn(f"loftq_config is ignored with init_lora_weights={self.init_lora_weights!r}", stacklevel=4)
+        for start in STARTS_WITH_SETTINGS:
+            if getattr(self, f"{start}_config") and self.init_lora_weights != start:
+                ignored = f"{start}_config is ignored with init_lora_weights={self.init_lora_weights!r}"
+                warnings.warn(ignored, stacklevel=4)
         super().__post_init__()
 
     def rank_of(self, name: str) -> int:
@@ -228,13 +236,14 @@ class LoraConfig(AdapterConfig):
         }
 
     def to_file(self) -> dict[str, Any]:
-        fields = super().to_file()
-        return {name: value for name, value in fields.items() if value or name != "loftq_config"}
+        unset = {f"{start}_config" for start in STARTS_WITH_SETTINGS if not getattr(self, f"{start}_config")}
+        return {name: value for name, value in super().to_file().items() if name not in unset}
 
     @classmethod
     def from_file(cls, fields: Mapping[str, Any]) -> Any:
         if fields.get("init_lora_weights", True) in INITS_THAT_KEEP_THE_BASE:
             fields = {**fields, "init_lora_weights": True}
+            fields |= {f"{start}_config": None for start in STARTS_WITH_SETTINGS}
         return super().from_file(fields)
 
     def parts(self, model: nn.Module, names: Sequence[str], context: InjectionContext) -> list[Part]:

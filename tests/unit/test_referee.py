@@ -16,8 +16,9 @@ from torch import nn
 
 from lora_edu.core import entrants
 from lora_edu.core.entrants import PARAGRAPHS, Place, register_entrant, registered_entrants
-from lora_edu.core.inject import count_parameters
+from lora_edu.core.inject import count_parameters, inject
 from lora_edu.course.publish import methods
+from lora_edu.files import data_path
 from lora_edu.lab.datasets import collate
 from lora_edu.lab.recording import pool, referee, shared_card, trials
 from lora_edu.lab.recording.records import Spread
@@ -173,9 +174,27 @@ def test_a_classifier_whose_head_does_not_train_is_refused():
 def test_a_start_that_needs_data_gets_batches(monkeypatch):
     seen = []
     monkeypatch.setattr("lora_edu.lab.recording.trials.inject", lambda model, config, batches: seen.extend(batches))
-    prepared(dataclasses.replace(SMALL, batches=(2,)), entrant_called("lora-r2"), 0)
-    assert [batch["input_ids"].shape[0] for batch in seen] == [2, 2, 2, 2]
+    prepared(dataclasses.replace(SMALL, batches=(2,)), entrant_called("lora-r2"), 0, start_batches=3)
+    assert [batch["input_ids"].shape[0] for batch in seen] == [2, 2, 2]
     assert all(batch.keys() == {"input_ids", "attention_mask", "labels"} for batch in seen)
+
+
+@pytest.mark.parametrize("name", ["eva-r8", "lora-ga-r8", "gora-r8"])
+def test_what_starts_from_data_is_trained_on_the_plans_number_of_batches(name, monkeypatch):
+    """A real run; the start sees the first batches of the training rows, of the smallest size that is tuned over."""
+    seen = []
+
+    def spy(model, config, batches):
+        seen.extend(batches)
+        return inject(model, config, batches=iter(seen))
+
+    monkeypatch.setattr("lora_edu.lab.recording.trials.inject", spy)
+    plan = dataclasses.replace(FEW, tasks={"small": dataclasses.replace(SMALL, batches=(4,))}, start_batches=1)
+    job = {"stage": "seed", "method": name, "task": "small", "rate": 1e-3, "batch": 4, "seed": 0}
+    found = trial(plan, job)
+    assert [batch["input_ids"].shape[0] for batch in seen] == [4]
+    assert found["validation"] > 0
+    assert found["trainable"] > 0
 
 
 # What the record says
@@ -290,6 +309,19 @@ def test_a_further_task_and_further_rates_leave_what_is_recorded(tmp_path):
     pool.write(out, referee.read(out, FEW) | {"runs": [run]})
     more = dataclasses.replace(FEW, tasks=FEW.tasks | {"jargon": dataclasses.replace(SMALL, data="jargon")})
     assert referee.read(out, more)["runs"] == [run]
+
+
+def test_a_record_from_before_there_were_starts_from_data_is_read_on(tmp_path):
+    """It does not say on how many batches: none of its runs depends on it. One that does say so is held to it."""
+    referee.read(data_path("runs", "referee.json"))
+    out = tmp_path / "referee.json"
+    record = referee.read(out, FEW)
+    pool.write(out, record)
+    with pytest.raises(ValueError, match=r"recorded with other settings.*'start_batches': 8"):
+        referee.read(out, dataclasses.replace(FEW, start_batches=2))
+    del record["settings"]["start_batches"]
+    pool.write(out, record)
+    assert referee.read(out, FEW)["settings"]["start_batches"] == 8
 
 
 @pytest.mark.errors

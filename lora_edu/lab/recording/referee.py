@@ -154,7 +154,8 @@ def read(path: Path, plan: Plan = PLAN) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         record |= {"machines": found["machines"], "runs": found["runs"]}
-        then = found["settings"]
+        # A record from before some method started from data does not say on how many batches: none of it depends on it.
+        then = {"start_batches": plan.start_batches} | found["settings"]
         tasks = then.pop("tasks")
         strange = [job for line in found["runs"] if not _is_job(job := line["job"], plan)]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
