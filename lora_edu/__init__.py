@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from lora_edu.serving.mixed import adapter_names
     from lora_edu.variants.four_bit_base import quantize_base
     from lora_edu.variants.qlora import dequantize_base
+    from lora_edu.variants.shira import ShiraConfig
+    from lora_edu.variants.vera import VeraConfig
 
 # Public name → the module it comes from, by the lesson that builds it or uses it first.
 _HOMES = {
@@ -57,6 +59,8 @@ _HOMES = {
     "IA3Config": "lora_edu.rivals.ia3",
     "PrefixTuningConfig": "lora_edu.rivals.prefix",
     "PromptTuningConfig": "lora_edu.rivals.prompt",
+    "ShiraConfig": "lora_edu.variants.shira",  # 17
+    "VeraConfig": "lora_edu.variants.vera",
 }
 __all__ = list(_HOMES)
 

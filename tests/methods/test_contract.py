@@ -29,6 +29,8 @@ from lora_edu import (
     LoRALinear,
     PrefixTuningConfig,
     PromptTuningConfig,
+    ShiraConfig,
+    VeraConfig,
     adapter_names,
     count_parameters,
     disable_adapter,
@@ -122,6 +124,8 @@ METHODS = {
         lambda target_modules=None, **more: PromptTuningConfig(num_virtual_tokens=3, **more), "Prompt",
         mergeable=False, conv1d=True, fused=False, layers=False, at_base=False,
     ),
+    "VeRA": Case(lambda **more: VeraConfig(**{"r": 6, **more}), "VeraLayer", conv1d=True),
+    "SHiRA": Case(lambda **more: ShiraConfig(**{"r": 3, **more}), "ShiraLayer", conv1d=True, fused=False),
     "qlora": Case(lora, "QLoRALinear", mergeable=False, fused=False, four_bits=True),
 }  # fmt: skip
 BASES = ["biases", "no biases", "conv1d", "four bits"]
@@ -605,7 +609,12 @@ def test_half_precision_keeps_its_dtype_and_moves_as_one(name):
     found = outputs(model)
     assert found.dtype == torch.bfloat16
     expected = outputs(model.float())
-    assert {tensor.dtype for tensor in model.state_dict().values()} <= {torch.float32, torch.bool, torch.uint8}
+    assert {tensor.dtype for tensor in model.state_dict().values()} <= {
+        torch.float32,
+        torch.bool,
+        torch.uint8,
+        torch.int32,
+    }
     assert (found.float() - expected).norm() / expected.norm() < 0.03
 
 
