@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from lora_edu.serving.hotswap import hotswap_adapter
     from lora_edu.serving.mixed import adapter_names
     from lora_edu.variants.four_bit_base import quantize_base
+    from lora_edu.variants.lotr import LotrConfig
     from lora_edu.variants.qlora import dequantize_base
     from lora_edu.variants.shira import ShiraConfig
     from lora_edu.variants.vera import VeraConfig
@@ -59,7 +60,8 @@ _HOMES = {
     "IA3Config": "lora_edu.rivals.ia3",
     "PrefixTuningConfig": "lora_edu.rivals.prefix",
     "PromptTuningConfig": "lora_edu.rivals.prompt",
-    "ShiraConfig": "lora_edu.variants.shira",  # 17
+    "LotrConfig": "lora_edu.variants.lotr",  # 17
+    "ShiraConfig": "lora_edu.variants.shira",
     "VeraConfig": "lora_edu.variants.vera",
 }
 __all__ = list(_HOMES)

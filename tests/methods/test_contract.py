@@ -27,6 +27,7 @@ from lora_edu import (
     IA3Config,
     LoraConfig,
     LoRALinear,
+    LotrConfig,
     PrefixTuningConfig,
     PromptTuningConfig,
     ShiraConfig,
@@ -126,6 +127,7 @@ METHODS = {
     ),
     "VeRA": Case(lambda **more: VeraConfig(**{"r": 6, **more}), "VeraLayer", conv1d=True),
     "SHiRA": Case(lambda **more: ShiraConfig(**{"r": 3, **more}), "ShiraLayer", conv1d=True, fused=False),
+    "LoTR": Case(lambda **more: LotrConfig(**{"r": 3, **more}), "LotrLayer", conv1d=True),
     "qlora": Case(lora, "QLoRALinear", mergeable=False, fused=False, four_bits=True),
 }  # fmt: skip
 BASES = ["biases", "no biases", "conv1d", "four bits"]
