@@ -874,6 +874,22 @@ register("scale with biases", ScaledWithBiases, {nn.Linear: ia3.build})
 register("shift", ShiftConfig, {nn.Linear: lambda base, name, config, context: Shift(base, **context.settings)})
 
 
+def test_a_layer_may_refuse_what_a_file_holds_before_any_of_it_is_read(tmp_path, monkeypatch):
+    def check_file(layer, tensors):
+        if (tensors["v"] > 5).any():
+            raise ValueError("v above 5")
+
+    monkeypatch.setattr(Shift, "check_file", check_file)
+    inject(model := plain_model(), ShiftConfig(target_modules=["q_proj"]))
+    with torch.no_grad():
+        list(adapter_layers(model).values())[-1].v[0] = 6
+    save_adapter(model, tmp_path)
+    inject(other := plain_model(), ShiftConfig(target_modules=["q_proj"]))
+    for read, into in [(load_adapter, plain_model()), (hotswap_adapter, other)]:
+        with refused(into, "layers.1.self_attn.q_proj: v above 5", str(tmp_path)):
+            read(into, tmp_path)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_nested_layers_are_computed_from_the_inside_out(bias):
     torch.manual_seed(0)
