@@ -30,7 +30,10 @@ if TYPE_CHECKING:
     from lora_edu.variants.four_bit_base import quantize_base
     from lora_edu.variants.gora import GoraConfig
     from lora_edu.variants.loraga import LoraGAConfig
+    from lora_edu.variants.lotr import LotrConfig
     from lora_edu.variants.qlora import dequantize_base
+    from lora_edu.variants.shira import ShiraConfig
+    from lora_edu.variants.vera import VeraConfig
 
 # Public name → the module it comes from, by the lesson that builds it or uses it first.
 _HOMES = {
@@ -63,6 +66,9 @@ _HOMES = {
     "EvaConfig": "lora_edu.variants.eva",  # 16
     "GoraConfig": "lora_edu.variants.gora",
     "LoraGAConfig": "lora_edu.variants.loraga",
+    "LotrConfig": "lora_edu.variants.lotr",  # 17
+    "ShiraConfig": "lora_edu.variants.shira",
+    "VeraConfig": "lora_edu.variants.vera",
 }
 __all__ = list(_HOMES)
 

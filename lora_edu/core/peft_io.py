@@ -224,10 +224,15 @@ def tensors_of(layers: Mapping[str, AdapterLayer], parts: Iterable[Part]) -> dic
     return tensors
 
 
+def of_layer(name: str, layer: AdapterLayer, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a file holds of one layer."""
+    return {key: tensors[f"{PREFIX}{name}.{key}"] for key in layer.to_file()}
+
+
 def fill(layers: Mapping[str, AdapterLayer], parts: Iterable[Part], tensors: Mapping[str, Tensor]) -> None:
     """Put a file's values into layers and parts; ``check_tensors`` has seen that they fit."""
     for name, layer in layers.items():
-        layer.from_file({key: tensors[f"{PREFIX}{name}.{key}"] for key in layer.to_file()})
+        layer.from_file(of_layer(name, layer, tensors))
     for part in parts:
         part.from_file(tensors)
 
@@ -278,6 +283,11 @@ def check_tensors(
             )
         if tensors[key].is_floating_point() != parameter.is_floating_point():
             raise ValueError(f"{path}: {key!r} holds {tensors[key].dtype} numbers, expected {parameter.dtype}")
+    for name, layer in layers.items():
+        try:
+            layer.check_file(of_layer(name, layer, tensors))
+        except ValueError as error:
+            raise ValueError(f"{path}: {name}: {error}") from None
 
 
 def repeats_base(key: str, tensor: Tensor, model: nn.Module) -> bool:

@@ -28,8 +28,11 @@ from lora_edu import (
     IA3Config,
     LoraConfig,
     LoRALinear,
+    LotrConfig,
     PrefixTuningConfig,
     PromptTuningConfig,
+    ShiraConfig,
+    VeraConfig,
     adapter_names,
     count_parameters,
     disable_adapter,
@@ -138,6 +141,9 @@ METHODS = {
         lambda **more: GoraConfig(**{"r": 3, "lora_alpha": 5, **more}), "LoRALinear",
         conv1d=True, at_base=False, swapped="GoRA", batches=LABELLED,
     ),
+    "VeRA": Case(lambda **more: VeraConfig(**{"r": 6, **more}), "VeraLayer", conv1d=True),
+    "SHiRA": Case(lambda **more: ShiraConfig(**{"r": 3, **more}), "ShiraLayer", conv1d=True, fused=False),
+    "LoTR": Case(lambda **more: LotrConfig(**{"r": 3, **more}), "LotrLayer", conv1d=True),
     "qlora": Case(lora, "QLoRALinear", mergeable=False, fused=False, four_bits=True),
 }  # fmt: skip
 BASES = ["biases", "no biases", "conv1d", "four bits"]
@@ -621,7 +627,12 @@ def test_half_precision_keeps_its_dtype_and_moves_as_one(name):
     found = outputs(model)
     assert found.dtype == torch.bfloat16
     expected = outputs(model.float())
-    assert {tensor.dtype for tensor in model.state_dict().values()} <= {torch.float32, torch.bool, torch.uint8}
+    assert {tensor.dtype for tensor in model.state_dict().values()} <= {
+        torch.float32,
+        torch.bool,
+        torch.uint8,
+        torch.int32,
+    }
     assert (found.float() - expected).norm() / expected.norm() < 0.03
 
 
@@ -877,6 +888,22 @@ class ShiftConfig(AdapterConfig):
 
 register("scale with biases", ScaledWithBiases, {nn.Linear: ia3.build})
 register("shift", ShiftConfig, {nn.Linear: lambda base, name, config, context: Shift(base, **context.settings)})
+
+
+def test_a_layer_may_refuse_what_a_file_holds_before_any_of_it_is_read(tmp_path, monkeypatch):
+    def check_file(layer, tensors):
+        if (tensors["v"] > 5).any():
+            raise ValueError("v above 5")
+
+    monkeypatch.setattr(Shift, "check_file", check_file)
+    inject(model := plain_model(), ShiftConfig(target_modules=["q_proj"]))
+    with torch.no_grad():
+        list(adapter_layers(model).values())[-1].v[0] = 6
+    save_adapter(model, tmp_path)
+    inject(other := plain_model(), ShiftConfig(target_modules=["q_proj"]))
+    for read, into in [(load_adapter, plain_model()), (hotswap_adapter, other)]:
+        with refused(into, "layers.1.self_attn.q_proj: v above 5", str(tmp_path)):
+            read(into, tmp_path)
 
 
 @pytest.mark.parametrize("bias", [True, False])
