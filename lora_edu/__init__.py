@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from lora_edu.serving.hotswap import hotswap_adapter
     from lora_edu.serving.mixed import adapter_names
     from lora_edu.variants.four_bit_base import quantize_base
+    from lora_edu.variants.loha import LoHaConfig
+    from lora_edu.variants.lokr import LoKrConfig
     from lora_edu.variants.qlora import dequantize_base
 
 # Public name → the module it comes from, by the lesson that builds it or uses it first.
@@ -57,6 +59,8 @@ _HOMES = {
     "IA3Config": "lora_edu.rivals.ia3",
     "PrefixTuningConfig": "lora_edu.rivals.prefix",
     "PromptTuningConfig": "lora_edu.rivals.prompt",
+    "LoHaConfig": "lora_edu.variants.loha",  # 17
+    "LoKrConfig": "lora_edu.variants.lokr",
 }
 __all__ = list(_HOMES)
 
