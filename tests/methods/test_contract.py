@@ -25,6 +25,8 @@ from lora_edu import (
     BitFitConfig,
     BottleneckConfig,
     IA3Config,
+    LoHaConfig,
+    LoKrConfig,
     LoraConfig,
     LoRALinear,
     PrefixTuningConfig,
@@ -122,6 +124,8 @@ METHODS = {
         lambda target_modules=None, **more: PromptTuningConfig(num_virtual_tokens=3, **more), "Prompt",
         mergeable=False, conv1d=True, fused=False, layers=False, at_base=False,
     ),
+    "LoHa": Case(lambda **more: LoHaConfig(**{"r": 3, "alpha": 5, **more}), "LoHaLayer", conv1d=True, fused=False),
+    "LoKr": Case(lambda **more: LoKrConfig(**{"r": 3, "alpha": 5, **more}), "LoKrLayer", conv1d=True, fused=False),
     "qlora": Case(lora, "QLoRALinear", mergeable=False, fused=False, four_bits=True),
 }  # fmt: skip
 BASES = ["biases", "no biases", "conv1d", "four bits"]
