@@ -318,6 +318,16 @@ def test_a_rate_at_the_edge_has_a_star_and_a_classifier_percent():
     assert standing(Plan(tasks={"small": small}, seeds=(0, 1)), record, rates, "small").score.mean == 0.75
 
 
+@pytest.mark.parametrize(
+    ("minutes", "says", "not_said"),
+    [(0.0, "(9 recorded), complete; needs", "rest"), (0.5, "about 1 min for the rest", "complete")],
+)
+def test_the_list_of_runs_says_what_is_left(monkeypatch, minutes, says, not_said):
+    monkeypatch.setattr(referee, "cost", lambda plan: referee.Cost(2, 9, 9, minutes))
+    assert says in referee.line()
+    assert not_said not in referee.line()
+
+
 def test_the_page_is_written_only_if_it_changes(tmp_path):
     page = tmp_path / "methods.md"
     assert methods.refresh(tmp_path / "none.json", page) == [page]
