@@ -1,6 +1,6 @@
 """LoHa: the update is the entrywise product of two low-rank matrices. Card in the book; lesson 17.
 
-PEFT's name: ``LOHA``. Source: Hyeon-Woo et al. 2021 (https://arxiv.org/abs/2108.06098), section 2.2.
+PEFT's name: ``LOHA``. Source: Hyeon-Woo et al. 2021 (https://arxiv.org/abs/2108.06098).
 
 Idea: Two products of thin matrices are multiplied entry by entry. Each has rank r, and what comes out can have rank r²,
 so that the numbers of a LoRA of rank 2r reach a rank far above it.
@@ -33,8 +33,8 @@ from lora_edu.variants.products import KINDS, ProductConfig, ProductLayer
 class LoHaLayer(ProductLayer):
     """A frozen layer plus ΔW = s · (w1_a w1_b) ⊙ (w2_a w2_b).
 
-    ΔW is not formed where r² is at most min(in, out): entry (o, i) is Σⱼₖ (w1_a[o, j] w2_a[o, k]) · (w1_b[j, i] w2_b[k, i]), a product
-    of (out, r²) and (r², in), so that the layer is a LoRA of rank r² whose factors are tied.
+    Its entry (o, i) is s · Σⱼₖ (w1_a[o, j] w2_a[o, k]) · (w1_b[j, i] w2_b[k, i]), a product of (out, r²) and (r², in):
+    a LoRA of rank r² whose factors are tied. So ΔW is not formed where r² is at most min(in, out).
 
     Args:
         base, r, alpha, rank_dropout, module_dropout: as for ``ProductLayer``.
@@ -43,7 +43,7 @@ class LoHaLayer(ProductLayer):
     Shapes:
         ``hada_w1_a``, ``hada_w2_a``: (out, r). ``hada_w1_b``, ``hada_w2_b``: (r, in).
 
-    Source: Hyeon-Woo et al. 2021, section 2.2; Yeh et al. 2023. Card in the book.
+    Source: Hyeon-Woo et al. 2021; Yeh et al. 2023. Card in the book.
     """
 
     def product(self, x: Tensor) -> Tensor:
