@@ -23,7 +23,7 @@ from lora_edu.core.vocabulary import tie_copies, tied_embeddings
 # Fields of PEFT's files that describe a run, a machine or a start, and change no number of a trained adapter.
 NEUTRAL_FIELDS = {
     "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_version", "peft_type",
-    "fan_in_fan_out", "megatron_config", "megatron_core", "runtime_config", "loftq_config", "eva_config",
+    "fan_in_fan_out", "megatron_config", "megatron_core", "runtime_config", "eva_config",
     "corda_config", "lora_ga_config", "qalora_group_size",
 }  # fmt: skip
 
@@ -161,7 +161,9 @@ class LoraConfig(AdapterConfig):
         bias: which biases train: ``"none"``, ``"all"``, or ``"lora_only"`` (those of adapted layers).
         use_rslora: scale by lora_alpha / √r.
         use_dora: weight-decomposed LoRA (lesson 17).
-        init_lora_weights: True, False, ``"gaussian"``; ``"pissa"`` and others arrive with lesson 16.
+        init_lora_weights: True, False or ``"gaussian"``; of lesson 16 ``"pissa"``, ``"pissa_niter_4"`` (with any number
+            of iterations), ``"olora"`` and ``"loftq"``.
+        loftq_config: for ``"loftq"``: {"loftq_bits": 4, "loftq_iter": how often it alternates}.
         modules_to_save: name endings of modules of which the adapter trains and saves a full copy.
         ensure_weight_tying: where head and embedding share a weight and one of them is in ``modules_to_save``, train
             one copy for both. Without it each has its own. For LoRA on such a layer it is refused.
@@ -173,7 +175,7 @@ class LoraConfig(AdapterConfig):
 
     Raises:
         ValueError: for a rank below 1 or not whole, a dropout outside [0, 1], an unknown word for ``bias``.
-        TypeError: for target_modules of another type.
+        TypeError: for target_modules, a pattern or loftq_config of another type.
     """
 
     peft_type: ClassVar[str] = "LORA"
@@ -184,6 +186,7 @@ class LoraConfig(AdapterConfig):
     use_rslora: bool = False
     use_dora: bool = False
     init_lora_weights: bool | str = True
+    loftq_config: dict[str, int] = field(default_factory=dict)
     ensure_weight_tying: bool = False
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
@@ -193,6 +196,10 @@ class LoraConfig(AdapterConfig):
         check_dropout(self.lora_dropout)
         check_alpha(self.lora_alpha)
         check_patterns(self)
+        if not isinstance(self.loftq_config, Mapping):
+            raise TypeError(f"loftq_config={self.loftq_config!r}: expected a dictionary such as {{'loftq_iter': 5}}")
+        if self.loftq_config and self.init_lora_weights != "loftq":
+            warnings.warn(f"loftq_config is ignored with init_lora_weights={self.init_lora_weights!r}", stacklevel=4)
         super().__post_init__()
 
     def rank_of(self, name: str) -> int:
@@ -202,6 +209,15 @@ class LoraConfig(AdapterConfig):
     def alpha_of(self, name: str) -> float:
         """lora_alpha for the module called ``name``."""
         return first_match(self.alpha_pattern, name, self.lora_alpha)
+
+    def settings_of(self, name: str) -> dict[str, Any]:
+        """What the layer for the module called ``name`` is built with, whatever its start."""
+        return {
+            "r": self.rank_of(name),
+            "lora_alpha": self.alpha_of(name),
+            "lora_dropout": self.lora_dropout,
+            "use_rslora": self.use_rslora,
+        }
 
     @classmethod
     def from_file(cls, fields: Mapping[str, Any]) -> Any:
@@ -256,15 +272,8 @@ def lora_builder(layer_class: type[LoRALinear]) -> Build:
     """A builder of plain LoRA layers of one class."""
 
     def build(base: nn.Module, name: str, config: LoraConfig, context: InjectionContext) -> AdapterLayer:
-        return layer_class(
-            base,
-            r=config.rank_of(name),
-            lora_alpha=config.alpha_of(name),
-            lora_dropout=config.lora_dropout,
-            use_rslora=config.use_rslora,
-            init_lora_weights=config.init_lora_weights,
-            **context.settings,
-        )
+        start = config.init_lora_weights
+        return layer_class(base, **config.settings_of(name), init_lora_weights=start, **context.settings)
 
     return build
 

@@ -185,7 +185,7 @@ register_entrant(
     rates={
         "tiny": (2e-3, 5e-3, 1e-2, 2e-2, 5e-2),
         "smollm2-135m": (1e-3, 2e-3, 5e-3, 1e-2, 2e-2),
-        "minilm": (1e-3, 2e-3, 5e-3, 1e-2, 2e-2),
+        "minilm": (2e-3, 5e-3, 1e-2, 2e-2, 5e-2),
     },
     card=__doc__,
 )
