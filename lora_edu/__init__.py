@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from lora_edu.variants.gora import GoraConfig
     from lora_edu.variants.loraga import LoraGAConfig
     from lora_edu.variants.lotr import LotrConfig
+    from lora_edu.variants.loha import LoHaConfig
+    from lora_edu.variants.lokr import LoKrConfig
     from lora_edu.variants.qlora import dequantize_base
     from lora_edu.variants.shira import ShiraConfig
     from lora_edu.variants.vera import VeraConfig
@@ -69,6 +71,8 @@ _HOMES = {
     "LotrConfig": "lora_edu.variants.lotr",  # 17
     "ShiraConfig": "lora_edu.variants.shira",
     "VeraConfig": "lora_edu.variants.vera",
+    "LoHaConfig": "lora_edu.variants.loha",  # 17
+    "LoKrConfig": "lora_edu.variants.lokr",
 }
 __all__ = list(_HOMES)
 

@@ -26,6 +26,8 @@ from lora_edu import (
     BottleneckConfig,
     GoraConfig,
     IA3Config,
+    LoHaConfig,
+    LoKrConfig,
     LoraConfig,
     LoRALinear,
     LotrConfig,
@@ -127,6 +129,8 @@ METHODS = {
         lambda target_modules=None, **more: PromptTuningConfig(num_virtual_tokens=3, **more), "Prompt",
         mergeable=False, conv1d=True, fused=False, layers=False, at_base=False,
     ),
+    "LoHa": Case(lambda **more: LoHaConfig(**{"r": 3, "alpha": 5, **more}), "LoHaLayer", conv1d=True, fused=False),
+    "LoKr": Case(lambda **more: LoKrConfig(**{"r": 3, "alpha": 5, **more}), "LoKrLayer", conv1d=True, fused=False),
     "PiSSA": Case(
         lambda **more: lora(init_lora_weights="pissa", **more), "ShiftedLinear", conv1d=True, swapped="PiSSA"
     ),

@@ -389,6 +389,26 @@ def test_a_rate_at_the_edge_has_a_star_and_a_classifier_percent():
     assert standing(Plan(tasks={"small": small}, seeds=(0, 1)), record, rates, "small").score.mean == 0.75
 
 
+def test_the_page_says_once_what_its_results_are_and_where_they_come_from():
+    """As two pieces on one machine, which differ in their commit alone."""
+    machine = {"hardware": "a card", "precision": "float32", "versions": {"torch": "2.11"}, "date": "2026-11-27"}
+    record = {"command": "python x", "machines": [machine | {"commit": "a"}, machine | {"commit": "b"}], "runs": []}
+    page = methods.methods_page(record, Plan(tasks={"small": SMALL}))
+    assert "Recorded by `python x`: a card, float32, torch 2.11, 2026-11-27.\n" in page
+    assert page.count("how it compares") == 1
+    assert "lora-r8's own ratio is that of one copy of it against another" in page
+
+
+@pytest.mark.parametrize(
+    ("minutes", "says", "not_said"),
+    [(0.0, "(9 recorded), complete; needs", "rest"), (0.5, "about 1 min for the rest", "complete")],
+)
+def test_the_list_of_runs_says_what_is_left(monkeypatch, minutes, says, not_said):
+    monkeypatch.setattr(referee, "cost", lambda plan: referee.Cost(2, 9, 9, minutes))
+    assert says in referee.line()
+    assert not_said not in referee.line()
+
+
 def test_the_page_is_written_only_if_it_changes(tmp_path):
     page = tmp_path / "methods.md"
     assert methods.refresh(tmp_path / "none.json", page) == [page]

@@ -15,6 +15,7 @@ command does what is missing.
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -212,10 +213,10 @@ def cost(methods: Sequence[str] | None = None, path: Path | None = None, plan: P
 def line(plan: Plan = PLAN) -> str:
     """What the comparison is, how much of it is recorded, and what it needs, in one line."""
     found = cost(plan=plan)
+    rest = f"about {math.ceil(found.minutes)} min for the rest on one H100" if found.minutes else "complete"
     return (
         f"lessons 14 to 18: {found.entrants} settings of methods, tuned and compared; {found.runs} runs "
-        f"({found.recorded} recorded), about {found.minutes:.0f} minutes for the rest on one H100; needs a GPU, the "
-        "bases smollm2-135m and minilm"
+        f"({found.recorded} recorded), {rest}; needs a GPU, the bases smollm2-135m and minilm"
     )
 
 
