@@ -217,7 +217,7 @@ class FastDoRA:
             return super().forward(x)  # type: ignore[misc]
         weight = self.oriented(self.weight)
         factors = self.lora_A, self.lora_B, self.scaling
-        y = _DoRAProduct.apply(x.flatten(0, -2), weight, self.bias, *factors, self.row_scales(self.weight))
+        y = _DoRAProduct.apply(x.reshape(-1, x.shape[-1]), weight, self.bias, *factors, self.row_scales(self.weight))
         return y.view(*x.shape[:-1], self.out_features)
 
     def row_norms(self: Any, weight: Tensor) -> Tensor:
