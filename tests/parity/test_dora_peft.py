@@ -406,7 +406,7 @@ def test_pefts_pissa_with_dora_loses_its_lengths_when_converted_and_is_refused(t
     theirs.save_pretrained(tmp_path / "start")
     theirs.peft_config["default"].init_lora_weights = "pissa"
     theirs.save_pretrained(tmp_path / "end", path_initial_model_for_weight_conversion=tmp_path / "start")
-    with pytest.raises(ValueError, match="2 of 6 tensors are missing, .*q_proj.lora_magnitude_vector"):
+    with pytest.raises(ValueError, match=r"2 of 6 tensors are missing, .*q_proj\.lora_magnitude_vector"):
         load_adapter(tiny_model("llama", torch.float32), tmp_path / "end")
 
 
