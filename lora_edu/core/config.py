@@ -161,7 +161,7 @@ class LoraConfig(AdapterConfig):
         lora_dropout: probability of dropping an input entry on its way into A, in training.
         bias: which biases train: ``"none"``, ``"all"``, or ``"lora_only"`` (those of adapted layers).
         use_rslora: scale by lora_alpha / √r.
-        use_dora: weight-decomposed LoRA (lesson 17).
+        use_dora: train the length of each row of a weight by itself, and its direction by LoRA (lesson 17).
         init_lora_weights: True, False or ``"gaussian"``; of lesson 16 ``"pissa"``, ``"pissa_niter_4"`` (with any number
             of iterations), ``"olora"`` and ``"loftq"``; and ``"eva"`` and ``"lora_ga"``, which start from data:
             ``inject(..., batches=[...])``.
