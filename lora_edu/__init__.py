@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from lora_edu.serving.hotswap import hotswap_adapter
     from lora_edu.serving.mixed import adapter_names
     from lora_edu.variants.four_bit_base import quantize_base
+    from lora_edu.variants.loraplus import create_loraplus_optimizer
     from lora_edu.variants.qlora import dequantize_base
 
 # Public name → the module it comes from, by the lesson that builds it or uses it first.
@@ -57,6 +58,7 @@ _HOMES = {
     "IA3Config": "lora_edu.rivals.ia3",
     "PrefixTuningConfig": "lora_edu.rivals.prefix",
     "PromptTuningConfig": "lora_edu.rivals.prompt",
+    "create_loraplus_optimizer": "lora_edu.variants.loraplus",  # 16
 }
 __all__ = list(_HOMES)
 

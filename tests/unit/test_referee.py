@@ -17,7 +17,7 @@ from lora_edu.core import entrants
 from lora_edu.core.entrants import PARAGRAPHS, Place, register_entrant, registered_entrants
 from lora_edu.core.inject import count_parameters
 from lora_edu.course.publish import methods
-from lora_edu.lab.recording import pool, referee, shared_card
+from lora_edu.lab.recording import pool, referee, shared_card, trials
 from lora_edu.lab.recording.records import Spread
 from lora_edu.lab.recording.standings import standing, tuned, verdict
 from lora_edu.lab.recording.tasks import PLAN, TASKS, Plan, Task, loaded
@@ -137,6 +137,25 @@ def test_a_start_that_needs_data_gets_batches(monkeypatch):
     prepared(dataclasses.replace(SMALL, batches=(2,)), entrant_called("lora-r2"), 0)
     assert [batch["input_ids"].shape[0] for batch in seen] == [2, 2, 2, 2]
     assert all(batch.keys() == {"input_ids", "attention_mask", "labels"} for batch in seen)
+
+
+def test_an_entrant_may_bring_its_optimizer():
+    """In the runs and in the timed step: here one that does not move anything."""
+    asked = []
+
+    def still(model, rate):
+        asked.append(rate)
+        return torch.optim.SGD([each for each in model.parameters() if each.requires_grad], lr=0.0)
+
+    entrant = dataclasses.replace(entrant_called("full"), optimizer=still)
+    before = trial(FEW, {"stage": "base", "task": "small"})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trials, "entrant_called", lambda name: entrant)
+        job = {"stage": "tune", "method": "still", "task": "small", "rate": 0.5, "batch": 4, "seed": 0}
+        assert trial(FEW, job)["validation"] == before["validation"]
+        assert asked == [0.5]
+        trials._Steps(SMALL, entrant)()
+    assert len(asked) == 2
 
 
 # What the record says
