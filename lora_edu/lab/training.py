@@ -8,7 +8,7 @@ where it was before. ``accelerate launch`` runs it on several: configurations ar
 
 import os
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lora_edu.lab.datasets import collate, prompt_ids
+from lora_edu.lab.datasets import collate, prompt_ids, shuffled_batches
 from lora_edu.lab.distributed import (
     STREAM,
     broadcast_from_main,
@@ -131,7 +131,7 @@ def train(
     rates = torch.optim.lr_scheduler.LambdaLR(stepper, rate_factor(schedule, steps, warmup_steps))
     trainable = _trainable(inner)
     hooks = Hooks(inner)
-    order = _batches(len(data), batch_size, seed)
+    order = shuffled_batches(len(data), batch_size, seed)
     history, best = History(eval_loss={name: [] for name in sets}), Best(patience)
     silent = os.environ.get("LORA_EDU_PROGRESS") == "0" or not accelerator.is_main_process
     was_training = model.training
@@ -284,17 +284,6 @@ def _evaluate_all(model: nn.Module, sets: Mapping[str, Sequence[Row]], history: 
     for name, loss in losses.items():
         history.eval_loss[name].append(loss)
     return next(iter(losses.values()), None)
-
-
-def _batches(rows: int, batch_size: int, seed: int) -> Iterator[list[int]]:
-    """Indices of one batch after another, without end; they depend on the seed and on nothing else."""
-    generator = torch.Generator().manual_seed(seed)
-    waiting: list[int] = []
-    while True:
-        while len(waiting) < batch_size:
-            waiting += torch.randperm(rows, generator=generator).tolist()
-        yield waiting[:batch_size]
-        waiting = waiting[batch_size:]
 
 
 def _collate(model: nn.Module, rows: Sequence[Row]) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ PEFT's name: ``peft.optimizers.create_loraplus_optimizer``.
 """
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -28,7 +29,7 @@ RATIO = 16  # in PEFT's documentation, and of the entrant
 
 def create_loraplus_optimizer(
     model: nn.Module,
-    optimizer_cls: type[Optimizer] = AdamW,
+    optimizer_cls: Callable[..., Optimizer] = AdamW,
     *,
     lr: float,
     loraplus_lr_ratio: float,

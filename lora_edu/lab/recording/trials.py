@@ -127,7 +127,8 @@ def file_bytes(model: nn.Module) -> int:
 def step_cost(plan: Plan, task: Task, entrant: Entrant) -> dict[str, Any]:
     """Time of a training step as a ratio to the reference's, in turns with it, and its peak memory on a GPU."""
     cuda = process_state().device.type == "cuda"
-    gc.collect()  # what earlier jobs of this process left
+    _Steps(task, entrant)()  # a process's first steps also allocate cuBLAS's workspaces, which then stay
+    gc.collect()  # what this and earlier jobs left
     before = torch.cuda.memory_allocated() if cuda else 0
     own = _Steps(task, entrant)
     for _ in range(2):  # AdamW's moments come with the first step
