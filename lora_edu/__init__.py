@@ -29,10 +29,11 @@ if TYPE_CHECKING:
     from lora_edu.variants.eva import EvaConfig
     from lora_edu.variants.four_bit_base import quantize_base
     from lora_edu.variants.gora import GoraConfig
-    from lora_edu.variants.loraga import LoraGAConfig
-    from lora_edu.variants.lotr import LotrConfig
     from lora_edu.variants.loha import LoHaConfig
     from lora_edu.variants.lokr import LoKrConfig
+    from lora_edu.variants.loraga import LoraGAConfig
+    from lora_edu.variants.loraplus import create_loraplus_optimizer
+    from lora_edu.variants.lotr import LotrConfig
     from lora_edu.variants.qlora import dequantize_base
     from lora_edu.variants.shira import ShiraConfig
     from lora_edu.variants.vera import VeraConfig
@@ -68,11 +69,12 @@ _HOMES = {
     "EvaConfig": "lora_edu.variants.eva",  # 16
     "GoraConfig": "lora_edu.variants.gora",
     "LoraGAConfig": "lora_edu.variants.loraga",
-    "LotrConfig": "lora_edu.variants.lotr",  # 17
-    "ShiraConfig": "lora_edu.variants.shira",
-    "VeraConfig": "lora_edu.variants.vera",
+    "create_loraplus_optimizer": "lora_edu.variants.loraplus",
     "LoHaConfig": "lora_edu.variants.loha",  # 17
     "LoKrConfig": "lora_edu.variants.lokr",
+    "LotrConfig": "lora_edu.variants.lotr",
+    "ShiraConfig": "lora_edu.variants.shira",
+    "VeraConfig": "lora_edu.variants.vera",
 }
 __all__ = list(_HOMES)
 

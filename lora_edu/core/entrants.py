@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from torch.optim import Optimizer
 
 PARAGRAPHS = ("Idea", "Formula", "Cost", "Merging", "Papers")  # of a card, each begun by its word and a colon
 TASK_TYPES = ("CAUSAL_LM", "SEQ_CLS")
@@ -45,6 +46,7 @@ class Entrant:
     config: Callable[[Place], Any] | None = None
     unfreeze: Callable[[nn.Module, Place], None] | None = None
     needs: str | None = None
+    optimizer: Callable[[nn.Module, float], Optimizer] | None = None
 
     def enters(self, place: Place) -> bool:
         """Whether it can be used there."""
@@ -69,6 +71,7 @@ def register_entrant(
     config: Callable[[Place], Any] | None = None,
     unfreeze: Callable[[nn.Module, Place], None] | None = None,
     needs: str | None = None,
+    optimizer: Callable[[nn.Module, float], Optimizer] | None = None,
 ) -> None:
     """Enter a method for the referee's comparison and for the book's page *Methods*. Called in the method's file::
 
@@ -102,6 +105,8 @@ def register_entrant(
         unfreeze: function (model, place) that makes trainable what trains, in a model that is frozen, for what is no
             adapter or needs more than to be injected. It also sees to the new head where there is one.
         needs: ``"CAUSAL_LM"`` or ``"SEQ_CLS"`` for what makes sense on this kind of task only.
+        optimizer: function (model, rate) → optimizer of what trains, for what is a way to step; default AdamW with one
+            rate for all. ``rates`` are the rates that it is given.
 
     Raises:
         ValueError: for a name that is taken, not exactly one of ``config`` and ``unfreeze``, rates that are not
@@ -116,7 +121,7 @@ def register_entrant(
     for each in rates.values() if isinstance(rates, Mapping) else [rates]:
         if not each or list(each) != sorted(set(each)) or each[0] <= 0:
             raise ValueError(f"entrant {name!r}: rates {each}, expected rising learning rates above 0")
-    _ENTRANTS[name] = Entrant(name, method, rates, _paragraphs(name, card or ""), config, unfreeze, needs)
+    _ENTRANTS[name] = Entrant(name, method, rates, _paragraphs(name, card or ""), config, unfreeze, needs, optimizer)
 
 
 def registered_entrants() -> list[Entrant]:

@@ -197,6 +197,25 @@ def test_what_starts_from_data_is_trained_on_the_plans_number_of_batches(name, m
     assert found["trainable"] > 0
 
 
+def test_an_entrant_may_bring_its_optimizer():
+    """In the runs and in the timed step: here one that does not move anything."""
+    asked = []
+
+    def still(model, rate):
+        asked.append(rate)
+        return torch.optim.SGD([each for each in model.parameters() if each.requires_grad], lr=0.0)
+
+    entrant = dataclasses.replace(entrant_called("full"), optimizer=still)
+    before = trial(FEW, {"stage": "base", "task": "small"})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trials, "entrant_called", lambda name: entrant)
+        job = {"stage": "tune", "method": "still", "task": "small", "rate": 0.5, "batch": 4, "seed": 0}
+        assert trial(FEW, job)["validation"] == before["validation"]
+        assert asked == [0.5]
+        trials._Steps(SMALL, entrant)()
+    assert len(asked) == 2
+
+
 # What the record says
 
 

@@ -46,7 +46,8 @@ def trial(plan: Plan, job: dict[str, Any]) -> dict[str, Any]:
         base, splits = loaded(task)
         return results(copy.deepcopy(base).to(process_state().device), splits, ("validation", "test", "plain"))
     start = time.perf_counter()
-    model, splits = prepared(task, entrant_called(job["method"]), job["seed"], plan.start_batches)
+    entrant = entrant_called(job["method"])
+    model, splits = prepared(task, entrant, job["seed"], plan.start_batches)
     steps = task.steps(job["batch"])
     train(
         model,
@@ -56,6 +57,7 @@ def trial(plan: Plan, job: dict[str, Any]) -> dict[str, Any]:
         batch_size=job["batch"],
         schedule=plan.schedule,
         warmup_steps=round(plan.warmup * steps),
+        optimizer=entrant.optimizer,
         seed=job["seed"],
     )
     found = results(model, splits, ("validation",) if job["stage"] == "tune" else ("validation", "test", "plain"))
@@ -154,7 +156,9 @@ class _Steps:
         self.model, splits = prepared(task, entrant, seed=0)
         self.batch = next(_batches(self.model, splits["train"], task, 1))
         self.trained = [each for each in self.model.parameters() if each.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4)
+        self.optimizer = (
+            entrant.optimizer(self.model, 1e-4) if entrant.optimizer else torch.optim.AdamW(self.trained, lr=1e-4)
+        )
         self.hooks, self.done = Hooks(self.model.train()), 0
 
     def __call__(self) -> None:
