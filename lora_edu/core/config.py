@@ -160,7 +160,7 @@ class LoraConfig(AdapterConfig):
         lora_dropout: probability of dropping an input entry on its way into A, in training.
         bias: which biases train: ``"none"``, ``"all"``, or ``"lora_only"`` (those of adapted layers).
         use_rslora: scale by lora_alpha / √r.
-        use_dora: weight-decomposed LoRA (lesson 17).
+        use_dora: train the length of each row of a weight by itself, and its direction by LoRA (lesson 17).
         init_lora_weights: True, False, ``"gaussian"``; ``"pissa"`` and others arrive with lesson 16.
         modules_to_save: name endings of modules of which the adapter trains and saves a full copy.
         ensure_weight_tying: where head and embedding share a weight and one of them is in ``modules_to_save``, train

@@ -18,6 +18,8 @@ from transformers.pytorch_utils import Conv1D
 from lora_edu.core.adapter import AdapterLayer, Pair, at_least_float32, innermost
 
 Factors = tuple[Tensor, Tensor, float, float]  # A, B, s, and the probability of dropout
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+PRODUCTS = (nn.Linear.forward, Conv1D.forward)
 
 
 class LoRALinear(AdapterLayer):
@@ -165,6 +167,11 @@ class LoRAEmbedding(LoRALinear):
 
     def to_file(self) -> dict[str, Tensor]:
         return {"lora_embedding_A": self.lora_A, "lora_embedding_B": self.lora_B}
+
+
+def is_plain_product(layer: nn.Module) -> bool:
+    """Whether calling this layer gives x Wᵀ + b and does nothing else: it has no forward of its own, and no hooks."""
+    return type(layer).forward in PRODUCTS and not any(getattr(layer, hooks) for hooks in HOOKS)
 
 
 def scale_of(lora_alpha: float, r: int, use_rslora: bool) -> float:

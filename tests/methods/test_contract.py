@@ -127,6 +127,13 @@ METHODS = {
     "VeRA": Case(lambda **more: VeraConfig(**{"r": 6, **more}), "VeraLayer", conv1d=True),
     "SHiRA": Case(lambda **more: ShiraConfig(**{"r": 3, **more}), "ShiraLayer", conv1d=True, fused=False),
     "qlora": Case(lora, "QLoRALinear", mergeable=False, fused=False, four_bits=True),
+    "DoRA": Case(
+        lambda **more: lora(use_dora=True, **more), "DoRALinear", additive=False, conv1d=True, swapped="DoRALinear"
+    ),
+    "qdora": Case(
+        lambda **more: lora(use_dora=True, **more), "QDoRALinear",
+        additive=False, mergeable=False, fused=False, four_bits=True, swapped="QDoRALinear",
+    ),
 }  # fmt: skip
 BASES = ["biases", "no biases", "conv1d", "four bits"]
 TARGETS = {base: ["c_attn", "c_fc"] if base == "conv1d" else ["q_proj", "down_proj"] for base in BASES}
@@ -350,7 +357,7 @@ def test_unloads_without_a_trace_when_another_is_active(name):
     shake(model), shake(model, "other")
     expected = outputs(model)
     if METHODS[name].four_bits:  # nothing merges into such a base
-        with refused(model, METHODS[name].named):
+        with refused(model, "NF4Linear", "dequantize_base"):
             merge_and_unload(model)
         return
     plain = merge_and_unload(model)

@@ -169,7 +169,7 @@ def test_dora(made, parts):
     every = {k.replace("lora_A.weight", "lora_magnitude_vector"): torch.ones(t.shape[0]) for k, t in parts[1].items()}
     whole = {k: t for k, t in every.items() if "magnitude" in k} | parts[1]
     report = inspect_adapter(made({"use_dora": True}, whole))
-    assert "use_dora=True" in found(report, "note", "unsupported").sentence
+    assert "method DoRA" in found(report, "ok", "kind").sentence
     assert not report.wrong
     assert (
         "20 modules have no magnitudes"
