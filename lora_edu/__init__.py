@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from lora_edu.serving.hotswap import hotswap_adapter
     from lora_edu.serving.mixed import adapter_names
     from lora_edu.variants.four_bit_base import quantize_base
+    from lora_edu.variants.loha import LoHaConfig
+    from lora_edu.variants.lokr import LoKrConfig
     from lora_edu.variants.qlora import dequantize_base
     from lora_edu.variants.shira import ShiraConfig
     from lora_edu.variants.vera import VeraConfig
@@ -59,7 +61,9 @@ _HOMES = {
     "IA3Config": "lora_edu.rivals.ia3",
     "PrefixTuningConfig": "lora_edu.rivals.prefix",
     "PromptTuningConfig": "lora_edu.rivals.prompt",
-    "ShiraConfig": "lora_edu.variants.shira",  # 17
+    "LoHaConfig": "lora_edu.variants.loha",  # 17
+    "LoKrConfig": "lora_edu.variants.lokr",
+    "ShiraConfig": "lora_edu.variants.shira",
     "VeraConfig": "lora_edu.variants.vera",
 }
 __all__ = list(_HOMES)

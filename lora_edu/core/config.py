@@ -192,15 +192,7 @@ class LoraConfig(AdapterConfig):
         self.r = check_rank(self.r)
         check_dropout(self.lora_dropout)
         check_alpha(self.lora_alpha)
-        for name in ("rank_pattern", "alpha_pattern"):
-            if not isinstance(patterns := getattr(self, name) or {}, Mapping):
-                raise TypeError(f"{name}={patterns!r}: expected a dictionary {{part of a name: value}}")
-            setattr(self, name, dict(patterns))
-            for pattern in patterns:
-                check_regex(name, pattern)
-        self.rank_pattern = {pattern: check_rank(rank) for pattern, rank in self.rank_pattern.items()}
-        for alpha in self.alpha_pattern.values():
-            check_alpha(alpha)
+        check_patterns(self)
         super().__post_init__()
 
     def rank_of(self, name: str) -> int:
@@ -231,10 +223,28 @@ class LoraConfig(AdapterConfig):
         return tie_copies(AdapterConfig.parts(both, model, names, context), tied)
 
     def warn_unused_patterns(self, names: Sequence[str]) -> None:
-        for field_name in ("rank_pattern", "alpha_pattern"):
-            for pattern in getattr(self, field_name):
-                if not any(fits(pattern, name) for name in names):
-                    warnings.warn(f"{field_name}: {pattern!r} fits none of the adapted modules", stacklevel=4)
+        warn_unused_patterns(self, names)
+
+
+def check_patterns(config: Any) -> None:
+    """Raise unless ``rank_pattern`` and ``alpha_pattern`` are dictionaries of values for patterns; keep copies."""
+    for name in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(patterns := getattr(config, name) or {}, Mapping):
+            raise TypeError(f"{name}={patterns!r}: expected a dictionary {{part of a name: value}}")
+        setattr(config, name, dict(patterns))
+        for pattern in patterns:
+            check_regex(name, pattern)
+    config.rank_pattern = {pattern: check_rank(rank) for pattern, rank in config.rank_pattern.items()}
+    for alpha in config.alpha_pattern.values():
+        check_alpha(alpha)
+
+
+def warn_unused_patterns(config: Any, names: Sequence[str]) -> None:
+    """Warn about patterns in ``rank_pattern`` and ``alpha_pattern`` that fit none of these modules."""
+    for field_name in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, field_name):
+            if not any(fits(pattern, name) for name in names):
+                warnings.warn(f"{field_name}: {pattern!r} fits none of the adapted modules", stacklevel=5)
 
 
 def first_match(patterns: Mapping[str, Any], name: str, default: Any) -> Any:

@@ -194,7 +194,7 @@ def check_dropout(lora_dropout: float) -> None:
         raise ValueError(f"lora_dropout={lora_dropout!r}: expected a probability between 0 and 1, for example 0.05")
 
 
-def check_alpha(lora_alpha: float) -> None:
-    """Raise unless lora_alpha is a finite number."""
-    if isinstance(lora_alpha, bool) or not isinstance(lora_alpha, Real) or not math.isfinite(lora_alpha):
-        raise ValueError(f"lora_alpha={lora_alpha!r}: expected a finite number, for example 16")
+def check_alpha(alpha: float, name: str = "lora_alpha") -> None:
+    """Raise unless alpha, which the message calls ``name``, is a finite number."""
+    if isinstance(alpha, bool) or not isinstance(alpha, Real) or not math.isfinite(alpha):
+        raise ValueError(f"{name}={alpha!r}: expected a finite number, for example 16")
