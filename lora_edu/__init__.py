@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from lora_edu.variants.four_bit_base import quantize_base
     from lora_edu.variants.loha import LoHaConfig
     from lora_edu.variants.lokr import LoKrConfig
+    from lora_edu.variants.lotr import LotrConfig
     from lora_edu.variants.qlora import dequantize_base
     from lora_edu.variants.shira import ShiraConfig
     from lora_edu.variants.vera import VeraConfig
@@ -63,6 +64,7 @@ _HOMES = {
     "PromptTuningConfig": "lora_edu.rivals.prompt",
     "LoHaConfig": "lora_edu.variants.loha",  # 17
     "LoKrConfig": "lora_edu.variants.lokr",
+    "LotrConfig": "lora_edu.variants.lotr",
     "ShiraConfig": "lora_edu.variants.shira",
     "VeraConfig": "lora_edu.variants.vera",
 }

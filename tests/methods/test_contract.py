@@ -27,6 +27,7 @@ from lora_edu import (
     IA3Config,
     LoraConfig,
     LoRALinear,
+    LotrConfig,
     PrefixTuningConfig,
     PromptTuningConfig,
     ShiraConfig,
@@ -126,6 +127,7 @@ METHODS = {
     ),
     "VeRA": Case(lambda **more: VeraConfig(**{"r": 6, **more}), "VeraLayer", conv1d=True),
     "SHiRA": Case(lambda **more: ShiraConfig(**{"r": 3, **more}), "ShiraLayer", conv1d=True, fused=False),
+    "LoTR": Case(lambda **more: LotrConfig(**{"r": 3, **more}), "LotrLayer", conv1d=True),
     "qlora": Case(lora, "QLoRALinear", mergeable=False, fused=False, four_bits=True),
     "DoRA": Case(
         lambda **more: lora(use_dora=True, **more), "DoRALinear", additive=False, conv1d=True, swapped="DoRALinear"
@@ -877,6 +879,22 @@ class ShiftConfig(AdapterConfig):
 
 register("scale with biases", ScaledWithBiases, {nn.Linear: ia3.build})
 register("shift", ShiftConfig, {nn.Linear: lambda base, name, config, context: Shift(base, **context.settings)})
+
+
+def test_a_layer_may_refuse_what_a_file_holds_before_any_of_it_is_read(tmp_path, monkeypatch):
+    def check_file(layer, tensors):
+        if (tensors["v"] > 5).any():
+            raise ValueError("v above 5")
+
+    monkeypatch.setattr(Shift, "check_file", check_file)
+    inject(model := plain_model(), ShiftConfig(target_modules=["q_proj"]))
+    with torch.no_grad():
+        list(adapter_layers(model).values())[-1].v[0] = 6
+    save_adapter(model, tmp_path)
+    inject(other := plain_model(), ShiftConfig(target_modules=["q_proj"]))
+    for read, into in [(load_adapter, plain_model()), (hotswap_adapter, other)]:
+        with refused(into, "layers.1.self_attn.q_proj: v above 5", str(tmp_path)):
+            read(into, tmp_path)
 
 
 @pytest.mark.parametrize("bias", [True, False])
