@@ -94,9 +94,9 @@ register_entrant(
     method="LoHa",
     config=lambda place: LoHaConfig(r=4, alpha=8, target_modules=place.targets),
     rates={
-        "tiny": (1e-3, 2e-3, 5e-3, 1e-2, 2e-2),
-        "smollm2-135m": (5e-4, 1e-3, 2e-3, 5e-3, 1e-2),
-        "minilm": (5e-4, 1e-3, 2e-3, 5e-3, 1e-2),
+        "tiny": (2e-3, 5e-3, 1e-2, 2e-2, 5e-2),
+        "smollm2-135m": (1e-3, 2e-3, 5e-3, 1e-2, 2e-2),
+        "minilm": (1e-3, 2e-3, 5e-3, 1e-2, 2e-2),
     },
     card=__doc__,
 )

@@ -184,8 +184,8 @@ register_entrant(
     config=lambda place: LoKrConfig(r=8, alpha=16, target_modules=place.targets),
     rates={
         "tiny": (2e-3, 5e-3, 1e-2, 2e-2, 5e-2),
-        "smollm2-135m": (5e-4, 1e-3, 2e-3, 5e-3, 1e-2),
-        "minilm": (5e-4, 1e-3, 2e-3, 5e-3, 1e-2),
+        "smollm2-135m": (1e-3, 2e-3, 5e-3, 1e-2, 2e-2),
+        "minilm": (1e-3, 2e-3, 5e-3, 1e-2, 2e-2),
     },
     card=__doc__,
 )

@@ -25,6 +25,8 @@ from lora_edu import (
     BitFitConfig,
     BottleneckConfig,
     IA3Config,
+    LoHaConfig,
+    LoKrConfig,
     LoraConfig,
     LoRALinear,
     LotrConfig,
@@ -128,6 +130,8 @@ METHODS = {
     "VeRA": Case(lambda **more: VeraConfig(**{"r": 6, **more}), "VeraLayer", conv1d=True),
     "SHiRA": Case(lambda **more: ShiraConfig(**{"r": 3, **more}), "ShiraLayer", conv1d=True, fused=False),
     "LoTR": Case(lambda **more: LotrConfig(**{"r": 3, **more}), "LotrLayer", conv1d=True),
+    "LoHa": Case(lambda **more: LoHaConfig(**{"r": 3, "alpha": 5, **more}), "LoHaLayer", conv1d=True, fused=False),
+    "LoKr": Case(lambda **more: LoKrConfig(**{"r": 3, "alpha": 5, **more}), "LoKrLayer", conv1d=True, fused=False),
     "qlora": Case(lora, "QLoRALinear", mergeable=False, fused=False, four_bits=True),
     "DoRA": Case(
         lambda **more: lora(use_dora=True, **more), "DoRALinear", additive=False, conv1d=True, swapped="DoRALinear"

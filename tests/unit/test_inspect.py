@@ -375,7 +375,7 @@ def test_targets_that_the_file_does_not_have(made):
         ({"r": 16, "lora_alpha": 8}, "note", "alpha-left"),
         ({"init_lora_weights": "pissa"}, "note", "shifted-start"),
         ({"base_model_name_or_path": None}, "note", "no-base-name"),
-        ({"peft_type": "LOHA"}, "note", "kind"),
+        ({"peft_type": "BOFT"}, "note", "kind"),
     ],
 )
 def test_configs(made, fields, level, code):

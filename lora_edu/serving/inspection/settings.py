@@ -60,7 +60,7 @@ def peft_settings(adapter: Adapter) -> Iterator[Finding]:
         yield Finding("wrong", "config", f"adapter_config.json: {error}.", "08", "Write the field as PEFT has it.")
         return
     adapter.config = config
-    if hasattr(config, "alpha_of"):
+    if hasattr(config, "use_rslora"):
         for name, factors in adapter.modules.items():
             factors.scale = scale_of(config.alpha_of(name), config.rank_of(name), config.use_rslora)
     try:
@@ -73,7 +73,7 @@ def peft_settings(adapter: Adapter) -> Iterator[Finding]:
         yield Finding(
             "note", "no-base-name", "The config does not name its base.", "08", "Write it into the model card."
         )
-    if hasattr(config, "alpha_of"):
+    if hasattr(config, "use_rslora"):
         yield from start_and_alpha(config)
 
 
@@ -163,7 +163,7 @@ def scales(adapter: Adapter) -> Iterator[Finding]:
         rule = "mlx-lm's scale, which does not depend on the rank (its default is 20)"
     elif adapter.format != PEFT:
         rule = "alpha / r of each module, and 1 where the file has no alpha"
-    elif hasattr(config, "alpha_of"):
+    elif hasattr(config, "use_rslora"):
         alpha = "lora_alpha" if config.alpha_pattern else f"{config.lora_alpha:g}"
         rank = "r" if config.rank_pattern else f"{config.r}"
         rule = (
