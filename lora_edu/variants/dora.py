@@ -62,12 +62,14 @@ class DoRALinear(LoRALinear):
             return y
         weight, bias = self.inner_pair()
         g = self.row_scales(weight)
-        if (dropped := self.dropped(x)) is not None:
-            turned = F.linear(dropped, self.lora_A) @ (self.scaling * self.lora_B).T
-            return (y + (g - 1) * F.linear(dropped, self.oriented(weight)) + g * turned).to(y.dtype)
-        # g ⊙ (y - b + ΔW x) + b, in fewer passes over tensors of the output's size.
-        rest = torch.zeros_like(g) if bias is None else (1 - g) * bias
-        return torch.addcmul(rest, y + self.update(x), g).to(y.dtype)
+        dropped = self.dropped(x)
+        h = F.linear(x.to(self.lora_A.dtype) if dropped is None else dropped, self.lora_A)
+        gB = (self.scaling * g)[:, None] * self.lora_B  # g ⊙ ΔW x is gB h: the small matrix is scaled, not the output
+        if dropped is None:  # y + (g - 1) ⊙ (y - b) + gB h, in one pass over y
+            rest = F.linear(h.to(gB.dtype), gB, None if bias is None else (1 - g) * bias)
+            return torch.addcmul(rest, y, g).to(y.dtype)
+        rest = F.linear(h.to(gB.dtype), gB)
+        return torch.addcmul(y + rest, F.linear(dropped, self.oriented(weight).to(dropped.dtype)), g - 1).to(y.dtype)
 
     def adapted(self, weight: Tensor, bias: Tensor | None) -> Pair:
         # A column of numbers, (out, 1), scales the rows of (out, in).
@@ -128,8 +130,11 @@ class DoRAEmbedding(DoRALinear, LoRAEmbedding):
     ``LoRAEmbedding``. Built in lesson 17.
     """
 
-    def dropped(self, x: Tensor) -> None:
-        return None
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base(x)
+        if not self.applies_in_forward():
+            return y
+        return (self.row_scales(self.inner_pair()[0]) * (y + self.update(x))).to(y.dtype)
 
 
 class QDoRALinear(OverFourBits, DoRALinear):
@@ -166,7 +171,7 @@ def low_rank_row_norms(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: 
 
     Built in lesson 17.
     """
-    alone = weight.square().sum(1)
+    alone = torch.linalg.vector_norm(weight, dim=1).square()
     mixed = ((weight @ lora_A.T) * lora_B).sum(1)
     update = ((lora_B @ (lora_A @ lora_A.T)) * lora_B).sum(1)
     squares, size = alone + 2 * scaling * mixed + scaling**2 * update, alone + scaling**2 * update
@@ -205,7 +210,15 @@ class _DoRAProduct(torch.autograd.Function):
             x_grad.addmm_(grad, column * W)
         if ctx.needs_input_grad[2]:
             bias_grad = grad.sum(0)
-        return x_grad, None, bias_grad, ctx.s * (up @ x), column * (h @ grad).T, None, (grad * z).sum(0)
+        return x_grad, None, bias_grad, ctx.s * (up @ x), column * (h @ grad).T, None, _summed_products(grad, z)
+
+
+def _summed_products(grad: Tensor, z: Tensor) -> Tensor:
+    """(grad ⊙ z) summed over its rows. A CPU goes by pieces that stay in its cache."""
+    if z.device.type != "cpu":
+        return (grad * z).sum(0)
+    pieces = zip(grad.split(128), z.split(128), strict=True)
+    return torch.stack([(each * other).sum(0) for each, other in pieces]).sum(0)
 
 
 class FastDoRA:
@@ -217,7 +230,7 @@ class FastDoRA:
             return super().forward(x)  # type: ignore[misc]
         weight = self.oriented(self.weight)
         factors = self.lora_A, self.lora_B, self.scaling
-        y = _DoRAProduct.apply(x.flatten(0, -2), weight, self.bias, *factors, self.row_scales(self.weight))
+        y = _DoRAProduct.apply(x.reshape(-1, x.shape[-1]), weight, self.bias, *factors, self.row_scales(self.weight))
         return y.view(*x.shape[:-1], self.out_features)
 
     def row_norms(self: Any, weight: Tensor) -> Tensor:

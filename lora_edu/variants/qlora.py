@@ -47,7 +47,8 @@ class OverFourBits:
     """Put before an adapter's class: around a layer that stores its weight in four bits.
 
     Attributes:
-        dense_class: what the adapter becomes once ``dequantize_base`` has made its layer a plain one.
+        dense_class: what an adapter of this very class becomes once ``dequantize_base`` has made its layer a plain one.
+            A class that does not say it, whatever it derives from, stays what it is, and is right as well.
     """
 
     kind: Any = FourBitLinear
@@ -108,8 +109,9 @@ def dequantize_base(model: nn.Module) -> int:
                 if id(layer) not in plain:
                     plain[id(layer)] = plain_layer(layer)
                 setattr(parent, attribute, plain[id(layer)])
-        if isinstance(parent, OverFourBits) and not isinstance(parent.frozen, FourBitLinear):
-            parent.__class__ = parent.dense_class  # type: ignore[attr-defined, assignment]
+        dense_class = vars(type(parent)).get("dense_class")
+        if dense_class is not None and not isinstance(parent.frozen, FourBitLinear):
+            parent.__class__ = dense_class
     for injected in injected_models(model).values():
         for config in adapter_state(injected).configs.values():
             config.targets = {name: plain.get(id(layer), layer) for name, layer in config.targets.items()}
