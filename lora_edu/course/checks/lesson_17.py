@@ -80,7 +80,10 @@ def dora_forward(candidate: Callable[..., Any], hint: int = 1) -> Report:
             (output(m[:, None] * bare / bare.norm(dim=1, keepdim=True)) + b, "the scale s is missing"),
             (output(m[:, None] * turned) + b, "nothing is divided by a norm"),
             (output(turned / turned.norm(dim=1, keepdim=True)) + b, "m is missing"),
-            (output(m[:, None] * (W / W.norm(dim=1, keepdim=True) + s * (B @ A))) + b, "only W is divided by its norms"),
+            (
+                output(m[:, None] * (W / W.norm(dim=1, keepdim=True) + s * (B @ A))) + b,
+                "only W is divided",
+            ),
             (output(W + s * (B @ A)) + b, "that is LoRA"),
             (right - b, "b is missing"),
             (right - b + b * m / turned.norm(dim=1), "b is scaled, too, and it is no part of the weight"),
@@ -111,9 +114,11 @@ def dora_forward(candidate: Callable[..., Any], hint: int = 1) -> Report:
         )
         for name, one, other, whole_way in zip("ABm", found, right, through, strict=True):
             if one is None or not close(one, other):
-                note = "it goes through the norm" if one is not None and close(one, whole_way) else ""
+                note = f"none at all reaches {name}" if one is None else ""
+                if one is not None and close(one, whole_way):
+                    note = "it goes through the norm"
                 raise Wrong(
-                    with_note(f"the gradient of {name} is another one", note or f"none at all reaches {name}"[: 99 * (one is None)]),
+                    with_note(f"the gradient of {name} is another one", note),
                     "Does the backward pass know that the norms are constants, and nothing else is?",
                     "turned.norm(dim=1).detach()",
                 )
@@ -133,14 +138,14 @@ def dora_forward(candidate: Callable[..., Any], hint: int = 1) -> Report:
     steps = [
         ("with B at zero and m = ‖W‖ it is the frozen layer", start),
         ("m ⊙ (W + s·BA) x / ‖W + s·BA‖ + b", value),
-        ("the norms count as constants in the backward pass", constant),
         ("what it was given stays as it was", untouched),
+        ("the norms count as constants in the backward pass", constant),
     ]
     return run_steps("DoRA's forward", steps, hint)
 
 
 def better_mask(candidate: Callable[..., Any], hint: int = 1) -> Report:
-    """Which 78,336 weights of ``tiny`` train, so that they do better than LoRA with as many. Exercise B1 of lesson 17."""
+    """Which 78,336 weights of ``tiny`` train, to do better than LoRA with as many. Exercise B1 of lesson 17."""
     form = "Return (masks, learning_rate), with masks = {name of a parameter: bool tensor of its shape}."
     chosen: dict[str, Any] = {}
 
