@@ -207,7 +207,8 @@ class LoraConfig(AdapterConfig):
         if not isinstance(self.loftq_config, Mapping):
             raise TypeError(f"loftq_config={self.loftq_config!r}: expected a dictionary such as {{'loftq_iter': 5}}")
         if self.loftq_config and self.init_lora_weights != "loftq":
-            warnings.warn(f"loftq_config is ignored with init_lora_weights={self.init_lora_weights!r}", stacklevel=4)
+            warnings.warn(f"loftq_config is ignored with init_lora_weights={self.init_lora_weights!r}", stacklevel=3)
+            self.loftq_config = {}
         super().__post_init__()
 
     def rank_of(self, name: str) -> int:
