@@ -160,7 +160,7 @@ class LotrConfig(AdapterConfig):
 
 def keys_of(shape: Shape) -> tuple[str, str]:
     """The keys of A and B in a file, for the layers of one shape."""
-    return tuple(f"base_model.lotr_{factor}.{shape[0]}x{shape[1]}" for factor in "AB")
+    return f"base_model.lotr_A.{shape[0]}x{shape[1]}", f"base_model.lotr_B.{shape[0]}x{shape[1]}"
 
 
 def build(base: nn.Module, name: str, config: LotrConfig, context: InjectionContext) -> AdapterLayer:
@@ -178,6 +178,6 @@ register_entrant(
     "lotr-r32",
     method="LoTR",
     config=lambda place: LotrConfig(r=32, target_modules=place.targets),
-    rates=(5e-4, 1e-3, 2e-3, 5e-3, 1e-2),
+    rates=(1e-4, 2e-4, 5e-4, 1e-3, 2e-3),
     card=__doc__,
 )

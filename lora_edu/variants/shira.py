@@ -32,7 +32,6 @@ from lora_edu.core.adapter import AdapterLayer, Pair, at_least_float32, innermos
 from lora_edu.core.config import AdapterConfig
 from lora_edu.core.entrants import register_entrant
 from lora_edu.core.layer import check_rank
-from lora_edu.core.lora_entrants import RATES
 from lora_edu.core.matching import expand_targets
 from lora_edu.core.methods import InjectionContext, register
 from lora_edu.variants.vera import shape_of, without_phis_feedforward
@@ -201,6 +200,6 @@ register_entrant(
     "shira-r8",
     method="SHiRA",
     config=lambda place: ShiraConfig(r=8, target_modules=place.targets),
-    rates=RATES,
+    rates=(2e-4, 5e-4, 1e-3, 2e-3, 5e-3),
     card=__doc__,
 )
