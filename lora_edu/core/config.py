@@ -23,7 +23,7 @@ from lora_edu.core.vocabulary import tie_copies, tied_embeddings
 # Fields of PEFT's files that describe a run, a machine or a start, and change no number of a trained adapter.
 NEUTRAL_FIELDS = {
     "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_version", "peft_type",
-    "fan_in_fan_out", "megatron_config", "megatron_core", "runtime_config", "loftq_config", "eva_config",
+    "fan_in_fan_out", "megatron_config", "megatron_core", "runtime_config", "eva_config",
     "corda_config", "lora_ga_config", "qalora_group_size",
 }  # fmt: skip
 
@@ -145,6 +145,7 @@ class AdapterConfig:
 
 # Initialisations that leave the base's weights alone: once the adapter's tensors are loaded, they make no difference.
 INITS_THAT_KEEP_THE_BASE = (True, False, "gaussian", "orthogonal", "eva")
+STARTS_WITH_SETTINGS = ("loftq", "eva", "lora_ga")  # those of loftq_config, eva_config and lora_ga_config
 
 
 @dataclass
@@ -161,7 +162,12 @@ class LoraConfig(AdapterConfig):
         bias: which biases train: ``"none"``, ``"all"``, or ``"lora_only"`` (those of adapted layers).
         use_rslora: scale by lora_alpha / √r.
         use_dora: train the length of each row of a weight by itself, and its direction by LoRA (lesson 17).
-        init_lora_weights: True, False, ``"gaussian"``; ``"pissa"`` and others arrive with lesson 16.
+        init_lora_weights: True, False or ``"gaussian"``; of lesson 16 ``"pissa"``, ``"pissa_niter_4"`` (with any number
+            of iterations), ``"olora"`` and ``"loftq"``; and ``"eva"`` and ``"lora_ga"``, which start from data:
+            ``inject(..., batches=[...])``.
+        loftq_config: for ``"loftq"``: {"loftq_bits": 4, "loftq_iter": how often it alternates}.
+        eva_config, lora_ga_config: for ``"eva"`` an ``EvaConfig``, for ``"lora_ga"`` a ``LoraGAConfig``; None means
+            their defaults.
         modules_to_save: name endings of modules of which the adapter trains and saves a full copy.
         ensure_weight_tying: where head and embedding share a weight and one of them is in ``modules_to_save``, train
             one copy for both. Without it each has its own. For LoRA on such a layer it is refused.
@@ -173,7 +179,7 @@ class LoraConfig(AdapterConfig):
 
     Raises:
         ValueError: for a rank below 1 or not whole, a dropout outside [0, 1], an unknown word for ``bias``.
-        TypeError: for target_modules of another type.
+        TypeError: for target_modules, a pattern or loftq_config of another type.
     """
 
     peft_type: ClassVar[str] = "LORA"
@@ -184,6 +190,9 @@ class LoraConfig(AdapterConfig):
     use_rslora: bool = False
     use_dora: bool = False
     init_lora_weights: bool | str = True
+    loftq_config: dict[str, int] = field(default_factory=dict)
+    eva_config: Any = None
+    lora_ga_config: Any = None
     ensure_weight_tying: bool = False
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
@@ -193,6 +202,12 @@ class LoraConfig(AdapterConfig):
         check_dropout(self.lora_dropout)
         check_alpha(self.lora_alpha)
         check_patterns(self)
+        if not isinstance(self.loftq_config, Mapping):
+            raise TypeError(f"loftq_config={self.loftq_config!r}: expected a dictionary such as {{'loftq_iter': 5}}")
+        for start in STARTS_WITH_SETTINGS:
+            if getattr(self, f"{start}_config") and self.init_lora_weights != start:
+                ignored = f"{start}_config is ignored with init_lora_weights={self.init_lora_weights!r}"
+                warnings.warn(ignored, stacklevel=4)
         super().__post_init__()
 
     def rank_of(self, name: str) -> int:
@@ -203,10 +218,24 @@ class LoraConfig(AdapterConfig):
         """lora_alpha for the module called ``name``."""
         return first_match(self.alpha_pattern, name, self.lora_alpha)
 
+    def settings_of(self, name: str) -> dict[str, Any]:
+        """What the layer for the module called ``name`` is built with, whatever its start."""
+        return {
+            "r": self.rank_of(name),
+            "lora_alpha": self.alpha_of(name),
+            "lora_dropout": self.lora_dropout,
+            "use_rslora": self.use_rslora,
+        }
+
+    def to_file(self) -> dict[str, Any]:
+        unset = {f"{start}_config" for start in STARTS_WITH_SETTINGS if not getattr(self, f"{start}_config")}
+        return {name: value for name, value in super().to_file().items() if name not in unset}
+
     @classmethod
     def from_file(cls, fields: Mapping[str, Any]) -> Any:
         if fields.get("init_lora_weights", True) in INITS_THAT_KEEP_THE_BASE:
             fields = {**fields, "init_lora_weights": True}
+            fields |= {f"{start}_config": None for start in STARTS_WITH_SETTINGS}
         return super().from_file(fields)
 
     def parts(self, model: nn.Module, names: Sequence[str], context: InjectionContext) -> list[Part]:
@@ -256,15 +285,8 @@ def lora_builder(layer_class: type[LoRALinear]) -> Build:
     """A builder of plain LoRA layers of one class."""
 
     def build(base: nn.Module, name: str, config: LoraConfig, context: InjectionContext) -> AdapterLayer:
-        return layer_class(
-            base,
-            r=config.rank_of(name),
-            lora_alpha=config.alpha_of(name),
-            lora_dropout=config.lora_dropout,
-            use_rslora=config.use_rslora,
-            init_lora_weights=config.init_lora_weights,
-            **context.settings,
-        )
+        start = config.init_lora_weights
+        return layer_class(base, **config.settings_of(name), init_lora_weights=start, **context.settings)
 
     return build
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from torch.optim import Optimizer
 
 PARAGRAPHS = ("Idea", "Formula", "Cost", "Merging", "Papers")  # of a card, each begun by its word and a colon
 TASK_TYPES = ("CAUSAL_LM", "SEQ_CLS")
@@ -45,6 +46,7 @@ class Entrant:
     config: Callable[[Place], Any] | None = None
     unfreeze: Callable[[nn.Module, Place], None] | None = None
     needs: str | None = None
+    optimizer: Callable[[nn.Module, float], Optimizer] | None = None
 
     def enters(self, place: Place) -> bool:
         """Whether it can be used there."""
@@ -69,6 +71,7 @@ def register_entrant(
     config: Callable[[Place], Any] | None = None,
     unfreeze: Callable[[nn.Module, Place], None] | None = None,
     needs: str | None = None,
+    optimizer: Callable[[nn.Module, float], Optimizer] | None = None,
 ) -> None:
     """Enter a method for the referee's comparison and for the book's page *Methods*. Called in the method's file::
 
@@ -93,14 +96,17 @@ def register_entrant(
         name: what it is asked for by, ``lora-edu full-run referee --method dora-r8``; new settings, new name: results
             are kept under it.
         method: the heading of its card. Several entrants of one method share the card.
-        rates: the learning rates to tune over, rising, five of them; one tuple for all bases, or base → tuple, and
-            then it enters on these bases only. The best should lie inside: the referee marks it if it does not.
+        rates: the learning rates to tune over, rising, five to seven of them; one tuple for all bases, or base →
+            tuple, and then it enters on these bases only. The best should lie inside: the referee marks it if it does
+            not, and rates that are added then leave what is recorded as it is.
         card: a text with a paragraph for each of ``PARAGRAPHS``, most often the file's docstring. A paragraph ends at
             the next or at an empty line; what else stands in the text is left alone. Links are Markdown's.
         config: function of the place → an adapter config, which is injected. Or else:
         unfreeze: function (model, place) that makes trainable what trains, in a model that is frozen, for what is no
             adapter or needs more than to be injected. It also sees to the new head where there is one.
         needs: ``"CAUSAL_LM"`` or ``"SEQ_CLS"`` for what makes sense on this kind of task only.
+        optimizer: function (model, rate) → optimizer of what trains, for what is a way to step; default AdamW with one
+            rate for all. ``rates`` are the rates that it is given.
 
     Raises:
         ValueError: for a name that is taken, not exactly one of ``config`` and ``unfreeze``, rates that are not
@@ -115,7 +121,7 @@ def register_entrant(
     for each in rates.values() if isinstance(rates, Mapping) else [rates]:
         if not each or list(each) != sorted(set(each)) or each[0] <= 0:
             raise ValueError(f"entrant {name!r}: rates {each}, expected rising learning rates above 0")
-    _ENTRANTS[name] = Entrant(name, method, rates, _paragraphs(name, card or ""), config, unfreeze, needs)
+    _ENTRANTS[name] = Entrant(name, method, rates, _paragraphs(name, card or ""), config, unfreeze, needs, optimizer)
 
 
 def registered_entrants() -> list[Entrant]:

@@ -104,6 +104,7 @@ def load_adapter(
     """
     folder = Path(directory)
     config = read_config(folder)
+    check_converted(config, folder)
     tensors = read_tensors(folder)
     wrapper, model = model, model_to_inject(model, config, adapter_name)
     check_rows(tensors, model)
@@ -144,6 +145,17 @@ def read_config(folder: Path) -> AdapterConfig:
         return known[fields["peft_type"]].from_file(fields)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def check_converted(config: AdapterConfig, folder: Path) -> None:
+    """Raise if a method that writes its files as another's, as of plain LoRA, was saved as it is."""
+    method = method_of(config)
+    written = method.file_fields(config.to_file())
+    if written != config.to_file() and method_of(type(config).from_file(written)) is not method:
+        raise ValueError(
+            f"{folder} holds {method.name} as it trained, for a base that its start has changed; save it from PEFT "
+            "with path_initial_model_for_weight_conversion, which writes a plain LoRA for the untouched base"
+        )
 
 
 def config_types() -> dict[str, type[AdapterConfig]]:

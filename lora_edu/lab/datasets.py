@@ -2,7 +2,7 @@
 
 import gzip
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -197,3 +197,14 @@ def collate(rows: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, Tens
             [row["labels"] if one else padded(row["labels"], IGNORED) for row, one in zip(rows, classes, strict=True)]
         ),
     }
+
+
+def shuffled_batches(rows: int, batch_size: int, seed: int) -> Iterator[list[int]]:
+    """Indices of one batch after another, without end; they depend on the seed and on nothing else."""
+    generator = torch.Generator().manual_seed(seed)
+    waiting: list[int] = []
+    while True:
+        while len(waiting) < batch_size:
+            waiting += torch.randperm(rows, generator=generator).tolist()
+        yield waiting[:batch_size]
+        waiting = waiting[batch_size:]

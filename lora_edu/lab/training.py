@@ -8,7 +8,7 @@ where it was before. ``accelerate launch`` runs it on several: configurations ar
 
 import os
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lora_edu.lab.datasets import collate, prompt_ids
+from lora_edu.lab.datasets import collate, prompt_ids, shuffled_batches
 from lora_edu.lab.distributed import (
     STREAM,
     broadcast_from_main,
@@ -74,9 +74,10 @@ def train(
     schedule: str = "constant",
     max_grad_norm: float = 1.0,
     patience: int | None = None,
+    optimizer: Callable[[nn.Module, float], torch.optim.Optimizer] | None = None,
     seed: int = 0,
 ) -> History:
-    """Train what requires a gradient with AdamW, and return the losses on the way.
+    """Train what requires a gradient, with AdamW if nothing else is said, and return the losses on the way.
 
     Args:
         model: a language model or a classifier that returns ``.loss`` when it is given labels.
@@ -89,6 +90,8 @@ def train(
         max_grad_norm: gradients are scaled down to this norm where theirs is larger.
         patience: stop after this many evaluations in a row without a new lowest loss on the first held-out set, and
             put the best trainable weights back. ``None`` trains to the end and keeps the last weights.
+        optimizer: function of the model and ``learning_rate`` → the optimizer, if it is not to be AdamW with one rate
+            for all and ``weight_decay``. The rates of all its groups rise and fall with the schedule.
         seed: fixes the order of the batches (the same for every model) and what is random in the model, like dropout.
             The caller's own random state is left as it was.
 
@@ -117,13 +120,18 @@ def train(
     # ``inner`` holds the weights that train; ``outer`` is what runs: with DDP a wrapper that averages the gradients.
     sharded, home = shards(accelerator), home_device(model, accelerator)
     inner = copy_to_shard(model) if sharded else model
-    optimizer = torch.optim.AdamW(_trainable(inner), lr=learning_rate, weight_decay=weight_decay)
-    outer, wrapped = accelerator.prepare(inner, optimizer)
+    if optimizer is None:
+        stepper: torch.optim.Optimizer = torch.optim.AdamW(
+            _trainable(inner), lr=learning_rate, weight_decay=weight_decay
+        )
+    else:
+        stepper = optimizer(inner, learning_rate)
+    outer, wrapped = accelerator.prepare(inner, stepper)
     # Not prepared: Accelerate would step it once for each process, and here one step is one step of all.
-    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, rate_factor(schedule, steps, warmup_steps))
+    rates = torch.optim.lr_scheduler.LambdaLR(stepper, rate_factor(schedule, steps, warmup_steps))
     trainable = _trainable(inner)
     hooks = Hooks(inner)
-    order = _batches(len(data), batch_size, seed)
+    order = shuffled_batches(len(data), batch_size, seed)
     history, best = History(eval_loss={name: [] for name in sets}), Best(patience)
     silent = os.environ.get("LORA_EDU_PROGRESS") == "0" or not accelerator.is_main_process
     was_training = model.training
@@ -276,17 +284,6 @@ def _evaluate_all(model: nn.Module, sets: Mapping[str, Sequence[Row]], history: 
     for name, loss in losses.items():
         history.eval_loss[name].append(loss)
     return next(iter(losses.values()), None)
-
-
-def _batches(rows: int, batch_size: int, seed: int) -> Iterator[list[int]]:
-    """Indices of one batch after another, without end; they depend on the seed and on nothing else."""
-    generator = torch.Generator().manual_seed(seed)
-    waiting: list[int] = []
-    while True:
-        while len(waiting) < batch_size:
-            waiting += torch.randperm(rows, generator=generator).tolist()
-        yield waiting[:batch_size]
-        waiting = waiting[batch_size:]
 
 
 def _collate(model: nn.Module, rows: Sequence[Row]) -> dict[str, Tensor]:

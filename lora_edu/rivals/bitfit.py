@@ -71,6 +71,6 @@ register_entrant(
     "bitfit",
     method="BitFit",
     config=lambda place: BitFitConfig(),
-    rates={"minilm": (5e-4, 1e-3, 2e-3, 5e-3, 1e-2)},  # the other bases are Llamas
+    rates={"minilm": (5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2)},  # the other bases are Llamas
     card=__doc__,
 )

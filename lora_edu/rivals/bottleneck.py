@@ -165,6 +165,10 @@ register_entrant(
     "bottleneck-m32",  # on each base between 0.89 and 0.96 of the numbers of LoRA at r=8 on all linear layers
     method="Bottleneck adapters",
     config=lambda place: BottleneckConfig(bottleneck_size=32),
-    rates=(2e-4, 5e-4, 1e-3, 2e-3, 5e-3),
+    rates={
+        "tiny": (2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2),
+        "smollm2-135m": (2e-4, 5e-4, 1e-3, 2e-3, 5e-3),
+        "minilm": (2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2),
+    },
     card=__doc__,
 )

@@ -178,6 +178,10 @@ register_entrant(
     "ia3",
     method="(IA)³",
     config=lambda place: IA3Config(),
-    rates=(2e-3, 5e-3, 1e-2, 2e-2, 5e-2),
+    rates={
+        "tiny": (2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1, 2e-1),
+        "smollm2-135m": (2e-3, 5e-3, 1e-2, 2e-2, 5e-2),
+        "minilm": (2e-3, 5e-3, 1e-2, 2e-2, 5e-2),
+    },
     card=__doc__,
 )

@@ -126,6 +126,10 @@ register_entrant(
     "prefix-20",
     method="Prefix tuning",
     config=lambda place: PrefixTuningConfig(num_virtual_tokens=20),
-    rates=(5e-3, 1e-2, 2e-2, 5e-2, 1e-1),
+    rates={
+        "tiny": (5e-3, 1e-2, 2e-2, 5e-2, 1e-1, 2e-1, 5e-1),
+        "smollm2-135m": (5e-3, 1e-2, 2e-2, 5e-2, 1e-1, 2e-1, 5e-1),
+        "minilm": (5e-3, 1e-2, 2e-2, 5e-2, 1e-1),
+    },
     card=__doc__,
 )

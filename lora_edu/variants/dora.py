@@ -175,8 +175,8 @@ def low_rank_row_norms(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: 
     mixed = ((weight @ lora_A.T) * lora_B).sum(1)
     update = ((lora_B @ (lora_A @ lora_A.T)) * lora_B).sum(1)
     squares, size = alone + 2 * scaling * mixed + scaling**2 * update, alone + scaling**2 * update
-    asks = squares.device.type == "cpu" and not torch.compiler.is_compiling()
-    if asks and (squares < 0.01 * size).any():
+    can_ask = squares.device.type == "cpu" and not torch.compiler.is_compiling()
+    if can_ask and (squares < 0.01 * size).any():
         return torch.linalg.vector_norm(weight + scaling * (lora_B @ lora_A), dim=1)
     return squares.clamp_min(torch.finfo(size.dtype).eps * size).sqrt()
 
@@ -244,7 +244,7 @@ class FastDoRA:
             is_plain_product(self.base)
             and self.adds_to_output()
             and dtypes in ({torch.float32}, {torch.float64})
-            and not torch.is_autocast_enabled(x.device.type)
+            and not (x.is_meta or torch.is_autocast_enabled(x.device.type))
             and not self.weight.requires_grad
             and not (self.training and isinstance(self.dropout, nn.Dropout))
         )

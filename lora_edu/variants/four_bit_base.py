@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from lora_edu.core.config import LoraConfig
 from lora_edu.core.inject import aimed
@@ -20,6 +23,7 @@ from lora_edu.nf4 import NF4_CODE, NF4State, PackedParameter, check_weight, dequ
 
 TABLES = ("pairs", "absmax_code")  # the same for every layer, so that no state_dict holds them
 BUFFERS = (*TABLES, "absmax", "absmax_scales", "absmax_offset")
+CAN_FUSE = find_spec("triton") is not None  # what torch.compile writes kernels in
 
 
 class _Product(torch.autograd.Function):
@@ -32,7 +36,7 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, about: tuple[Any, ...], *stored: Tensor | None) -> Tensor:
         ctx.about = about
         ctx.save_for_backward(*stored)
-        return F.linear(x, dequantize_nf4(_state(about, stored), x.dtype), bias)
+        return F.linear(x, _dense(about, stored, x.dtype), bias)
 
     @staticmethod
     @once_differentiable
@@ -40,10 +44,26 @@ class _Product(torch.autograd.Function):
         stored = ctx.saved_tensors  # asked for once: checkpointing allows no more
         x_grad = bias_grad = None
         if ctx.needs_input_grad[0]:
-            x_grad = grad @ dequantize_nf4(_state(ctx.about, stored), grad.dtype)
+            x_grad = grad @ _dense(ctx.about, stored, grad.dtype)
         if ctx.needs_input_grad[1]:
             bias_grad = grad.reshape(-1, grad.shape[-1]).sum(0)
         return x_grad, bias_grad, *[None] * (1 + len(stored))
+
+
+def _dense(about: tuple[Any, ...], stored: Sequence[Any], into: torch.dtype) -> Tensor:
+    """The stored weight as numbers of type ``into``. On a GPU that is one kernel, which the compiler writes.
+
+    It may then round a scale otherwise in float32's last bit than ``dequantize_nf4`` does by itself.
+    """
+    if stored[0].is_cuda and CAN_FUSE and not torch.compiler.is_compiling():
+        return _fused()(about, stored, into)
+    return dequantize_nf4(_state(about, stored), into)
+
+
+@cache
+def _fused() -> Callable[..., Tensor]:
+    """``dequantize_nf4`` as one kernel, compiled for each shape when it first occurs."""
+    return torch.compile(lambda about, stored, into: dequantize_nf4(_state(about, stored), into), dynamic=False)
 
 
 def _state(about: tuple[Any, ...], stored: Sequence[Any]) -> NF4State:
@@ -63,8 +83,7 @@ class NF4Linear(nn.Linear):
     Shapes:
         x: (..., in) → (..., out).
 
-    Its backward pass dequantises again. Under ``torch.compile`` the compiler decides what is kept in between, and keeps
-    the dequantised weight: a step is then quick, and no smaller than one in sixteen bits (``runs/nf4_speed.json``).
+    Its backward pass dequantises again, under ``torch.compile``, too. On a GPU that is one kernel each time.
 
     Source: Dettmers et al. 2023, eq. 5. Built in lesson 14.
     """
@@ -72,8 +91,12 @@ class NF4Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        about = (torch.Size((self.out_features, self.in_features)), self.dtype, self.block_size)
-        return _Product.apply(x, self.bias, about, self.packed, *(getattr(self, name) for name in BUFFERS))
+        if torch.compiler.is_compiling():  # the compiler decides what is kept in between, unless it is told so
+            return checkpoint(self._product, x, use_reentrant=False, preserve_rng_state=False)
+        return _Product.apply(x, self.bias, self.about, *self.stored)
+
+    def _product(self, x: Tensor) -> Tensor:
+        return F.linear(x, _dense(self.about, self.stored, x.dtype), self.bias)
 
     def __init__(self, state: NF4State, bias: Tensor | None = None):
         nn.Module.__init__(self)  # nn.Linear's own would begin with a dense weight
@@ -85,15 +108,24 @@ class NF4Linear(nn.Linear):
             self.register_buffer(name, getattr(state, name), persistent=name not in TABLES)
 
     @property
+    def about(self) -> tuple[torch.Size, torch.dtype, int]:
+        """The weight's shape and dtype, and the block size."""
+        return torch.Size((self.out_features, self.in_features)), self.dtype, self.block_size
+
+    @property
+    def stored(self) -> list[Tensor | None]:
+        """The tensors that stand for the weight."""
+        return [self.packed.data, *(getattr(self, name) for name in BUFFERS)]
+
+    @property
     def state(self) -> NF4State:
         """The weight as it is stored."""
-        about = (torch.Size((self.out_features, self.in_features)), self.dtype, self.block_size)
-        return _state(about, [self.packed.data, *(getattr(self, name) for name in BUFFERS)])
+        return _state(self.about, self.stored)
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """The numbers that the four bits stand for, (out, in): made anew each time it is asked for."""
-        return dequantize_nf4(self.state)
+        return _dense(self.about, self.stored, self.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NF4Linear:
         """Move as other modules do. A cast changes what the layer computes in; the scales stay as they were."""

@@ -1,12 +1,13 @@
 """LoHa: the update is the entrywise product of two low-rank matrices. Card in the book; lesson 17.
 
-PEFT's name: ``LOHA``. Source: Hyeon-Woo et al. 2021 (https://arxiv.org/abs/2108.06098), section 2.2.
+PEFT's name: ``LOHA``. Source: Hyeon-Woo et al. 2021 (https://arxiv.org/abs/2108.06098).
 
 Idea: Two products of thin matrices are multiplied entry by entry. Each has rank r, and what comes out can have rank r²,
 so that the numbers of a LoRA of rank 2r reach a rank far above it.
 Formula: ΔW = s · (w1_a w1_b) ⊙ (w2_a w2_b), with w_a (out, r), w_b (r, in) and s = alpha / r
 Cost: 2r · (in + out) numbers in each adapted layer, twice LoRA's of the same rank: rank 4 here has as many as LoRA of
-rank 8. A step is that of a LoRA of rank r², whose factors are made anew from the small ones in each pass.
+rank 8. A step is that of a LoRA of rank r², whose factors are made anew from the small ones in each pass; where r² is
+above the layer's smaller side, ΔW is formed instead.
 Merging: exact up to one rounding: ΔW is a plain matrix.
 Papers: [Hyeon-Woo et al. 2021](https://arxiv.org/abs/2108.06098) (FedPara) train whole models so and send them between
 clients; they report the accuracy of the original model for 3 to 10 times less communication. [Yeh et al.
@@ -32,8 +33,8 @@ from lora_edu.variants.products import KINDS, ProductConfig, ProductLayer
 class LoHaLayer(ProductLayer):
     """A frozen layer plus ΔW = s · (w1_a w1_b) ⊙ (w2_a w2_b).
 
-    ΔW is not formed where r² is small: entry (o, i) is Σⱼₖ (w1_a[o, j] w2_a[o, k]) · (w1_b[j, i] w2_b[k, i]), a product
-    of (out, r²) and (r², in), so that the layer is a LoRA of rank r² whose factors are tied.
+    Its entry (o, i) is s · Σⱼₖ (w1_a[o, j] w2_a[o, k]) · (w1_b[j, i] w2_b[k, i]), a product of (out, r²) and (r², in):
+    a LoRA of rank r² whose factors are tied. So ΔW is not formed where r² is at most min(in, out).
 
     Args:
         base, r, alpha, rank_dropout, module_dropout: as for ``ProductLayer``.
@@ -42,7 +43,7 @@ class LoHaLayer(ProductLayer):
     Shapes:
         ``hada_w1_a``, ``hada_w2_a``: (out, r). ``hada_w1_b``, ``hada_w2_b``: (r, in).
 
-    Source: Hyeon-Woo et al. 2021, section 2.2; Yeh et al. 2023. Card in the book.
+    Source: Hyeon-Woo et al. 2021; Yeh et al. 2023. Card in the book.
     """
 
     def product(self, x: Tensor) -> Tensor:

@@ -4,8 +4,8 @@ PEFT's name: ``LOKR``. Source: Yeh et al. 2023 (https://arxiv.org/abs/2309.14859
 
 Idea: A small matrix is repeated, each time multiplied by an entry of another one. The ranks of the two multiply, so
 that very few numbers can reach full rank, in a pattern that repeats.
-Formula: ΔW = s · w1 ⊗ w2, with w1 (a, c), w2 (b, d), out = a · b, in = c · d; w2 is itself w2_a w2_b where that is
-smaller, and s = alpha / r
+Formula: ΔW = s · w1 ⊗ w2, with w1 (a, c), w2 (b, d), out = a · b, in = c · d and s = alpha / r; w2 is itself a product
+w2_a w2_b of rank r where r is below half of its longer side
 Cost: for a square layer of n · n and r = 8 about n + 16·√n numbers, or 2n where √n is at most 16. The product is never
 formed: x is read as a (c, d) matrix X, and the update is w1 X w2ᵀ.
 Merging: exact up to one rounding: ΔW is a plain matrix.
@@ -185,7 +185,7 @@ register_entrant(
     rates={
         "tiny": (2e-3, 5e-3, 1e-2, 2e-2, 5e-2),
         "smollm2-135m": (1e-3, 2e-3, 5e-3, 1e-2, 2e-2),
-        "minilm": (1e-3, 2e-3, 5e-3, 1e-2, 2e-2),
+        "minilm": (2e-3, 5e-3, 1e-2, 2e-2, 5e-2),
     },
     card=__doc__,
 )

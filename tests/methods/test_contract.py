@@ -24,6 +24,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from lora_edu import (
     BitFitConfig,
     BottleneckConfig,
+    GoraConfig,
     IA3Config,
     LoHaConfig,
     LoKrConfig,
@@ -56,6 +57,7 @@ from lora_edu.lab.training import train
 
 IDS = torch.tensor([[1, 5, 7, 2, 30], [3, 3, 9, 8, 4], [11, 2, 6, 6, 20]])
 BATCHES = [{"input_ids": IDS}, {"input_ids": IDS.flip(1)}]
+LABELLED = [batch | {"labels": batch["input_ids"]} for batch in BATCHES]
 ROWS = [{"input_ids": ids, "labels": ids} for ids in (IDS + torch.arange(4)[:, None, None]).flatten(0, 1).tolist()]
 
 
@@ -127,11 +129,25 @@ METHODS = {
         lambda target_modules=None, **more: PromptTuningConfig(num_virtual_tokens=3, **more), "Prompt",
         mergeable=False, conv1d=True, fused=False, layers=False, at_base=False,
     ),
+    "LoHa": Case(lambda **more: LoHaConfig(**{"r": 3, "alpha": 5, **more}), "LoHaLayer", conv1d=True, fused=False),
+    "LoKr": Case(lambda **more: LoKrConfig(**{"r": 3, "alpha": 5, **more}), "LoKrLayer", conv1d=True, fused=False),
+    "PiSSA": Case(
+        lambda **more: lora(init_lora_weights="pissa", **more), "ShiftedLinear", conv1d=True, swapped="PiSSA"
+    ),
+    "EVA": Case(
+        lambda **more: lora(init_lora_weights="eva", **more), "LoRALinear", conv1d=True, swapped="EVA", batches=BATCHES
+    ),
+    "LoRA-GA": Case(
+        lambda **more: lora(init_lora_weights="lora_ga", **more), "ShiftedLinear",
+        conv1d=True, swapped="LoRA-GA", batches=LABELLED,
+    ),
+    "GoRA": Case(
+        lambda **more: GoraConfig(**{"r": 3, "lora_alpha": 5, **more}), "LoRALinear",
+        conv1d=True, at_base=False, swapped="GoRA", batches=LABELLED,
+    ),
     "VeRA": Case(lambda **more: VeraConfig(**{"r": 6, **more}), "VeraLayer", conv1d=True),
     "SHiRA": Case(lambda **more: ShiraConfig(**{"r": 3, **more}), "ShiraLayer", conv1d=True, fused=False),
     "LoTR": Case(lambda **more: LotrConfig(**{"r": 3, **more}), "LotrLayer", conv1d=True),
-    "LoHa": Case(lambda **more: LoHaConfig(**{"r": 3, "alpha": 5, **more}), "LoHaLayer", conv1d=True, fused=False),
-    "LoKr": Case(lambda **more: LoKrConfig(**{"r": 3, "alpha": 5, **more}), "LoKrLayer", conv1d=True, fused=False),
     "qlora": Case(lora, "QLoRALinear", mergeable=False, fused=False, four_bits=True),
     "DoRA": Case(
         lambda **more: lora(use_dora=True, **more), "DoRALinear", additive=False, conv1d=True, swapped="DoRALinear"

@@ -669,7 +669,7 @@ def test_nf4_speed_runs_small(nf4_speed, tmp_path, monkeypatch, capsys):
     out = tmp_path / "nf4.json"
     record = call(out, "--ways", "bitsandbytes;ours;16 bits")
     assert "there is nothing to compare with" in capsys.readouterr().out
-    assert list(record["dequantise"]["ways"]) == ["copy", "ours", "ours, compiled"]
+    assert list(record["dequantise"]["ways"]) == ["copy", "ours", "ours, in the layer"]
     line = record["dequantise"]
     numbers = 4 * 64 * 64 + 3 * 64 * 128
     assert line["numbers"] == numbers

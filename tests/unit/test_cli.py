@@ -68,8 +68,8 @@ def test_help(command):
         (
             ["full-run", "nothing"],
             "unknown recording 'nothing'; there are: smollm2_finetuning, smollm2_precision, smollm2_choices, "
-            "tiny_choices, tiny_schedules, referee, tiny_pretraining, memory_7b, memory_cases, nf4_speed, speed_7b, "
-            "loss_8b, scaling",
+            "tiny_choices, tiny_schedules, tiny_starts, referee, tiny_pretraining, memory_7b, memory_cases, nf4_speed, "
+            "speed_7b, loss_8b, scaling",
         ),
         (["full-run", "tiny_choices", "--shapes", "7b"], "tiny_choices takes no --shapes: a sweep takes --processes"),
         (["full-run", "tiny_choices", "--base", "gpt2"], "GPT2LMHeadModel without q_proj, k_proj"),
@@ -127,7 +127,7 @@ def test_count():
 def test_full_run_lists_what_there_is_and_what_it_costs():
     result = call("full-run")
     assert result.exit_code == 0
-    assert len(result.stdout.splitlines()) == 5 + 1 + 7 + 2
+    assert len(result.stdout.splitlines()) == 6 + 1 + 7 + 2
     recorded = {"tiny_pretraining": "9 settings", "memory_7b": "144 lines", "speed_7b": "7 lines", "loss_8b": "7 ways"}
     for name, found in (recorded | {"memory_cases": "16 lines", "scaling": "18 lines"}).items():
         (line,) = [line for line in result.stdout.splitlines() if line.startswith(name)]
@@ -138,6 +138,7 @@ def test_full_run_lists_what_there_is_and_what_it_costs():
         "smollm2_choices": 456,
         "tiny_choices": 310,
         "tiny_schedules": 35,
+        "tiny_starts": 600,
     }.items():
         (line,) = [line for line in result.stdout.splitlines() if line.startswith(name)]
         assert f"{runs} runs" in line
@@ -167,7 +168,7 @@ def test_full_run_hands_the_referee_its_methods(monkeypatch):
     assert asked == [(["LoRA", "full"], None, None, 7.0, ["tiny-jargon"])]
     assert "complete" in result.stdout
     (line,) = [line for line in call("full-run").stdout.splitlines() if line.startswith("referee")]
-    assert " minutes for the rest on one H100" in line
+    assert "settings of methods, tuned and compared" in line
 
 
 @pytest.fixture
@@ -249,7 +250,7 @@ def test_doctor_goes_on_without_a_data_folder(monkeypatch, tmp_path):
     findings = {finding.what: finding for finding in doctor.examine(probe_seconds=0.05)}
     assert findings["data"].state == "bad"
     assert "LORA_EDU_DATA" in findings["data"].words
-    assert {"speed", "torch"} <= findings.keys()
+    assert {"speed", "torch", "peft", "trl"} <= findings.keys()
 
 
 def test_doctor_says_what_differs(monkeypatch):

@@ -299,7 +299,12 @@ BAD_FILES = {
     "trained tokens": (lambda f: change_config(f, trainable_token_indices=[1]), ValueError, "trainable_token_indices"),
     "a field from the future": (lambda f: change_config(f, use_telepathy=True), ValueError, "use_telepathy"),
     "no DoRA": (lambda f: change_config(f, use_dora=True), ValueError, "2 of 6 tensors .*q_proj.lora_magnitude_vector"),
-    "an unconverted PiSSA": (lambda f: change_config(f, init_lora_weights="pissa"), ValueError, "no method"),
+    "a start from the future": (lambda f: change_config(f, init_lora_weights="stars"), ValueError, "no method"),
+    "an unconverted PiSSA": (
+        lambda f: change_config(f, init_lora_weights="pissa"),
+        ValueError,
+        "holds PiSSA as it trained.*path_initial_model_for_weight_conversion",
+    ),
 }
 
 

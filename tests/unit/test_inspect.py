@@ -225,6 +225,7 @@ def test_a_setting_that_lora_edu_lacks_is_a_note(made):
 METHODS = {
     "IA3": lambda: peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]),
     "LOHA": lambda: peft.LoHaConfig(r=4, target_modules=["q_proj"]),
+    "LOKR": lambda: peft.LoKrConfig(r=4, target_modules=["q_proj"]),
     "VERA": lambda: peft.VeraConfig(target_modules=["q_proj", "v_proj"]),
     "ADALORA": lambda: peft.AdaLoraConfig(total_step=10, target_modules=["q_proj"]),
     "LORA": lambda: peft.LoraConfig(trainable_token_indices=[1], init_lora_weights=False, target_modules=["q_proj"]),

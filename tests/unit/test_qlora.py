@@ -283,3 +283,21 @@ def test_packed_meta_unread_and_adapted_weights():
 def test_the_layer_wants_four_bits():
     with pytest.raises(TypeError, match="QLoRALinear adapts a FourBitLinear, not a Linear"):
         QLoRALinear(nn.Linear(8, 8))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "aot_eager_decomp_partition"])  # the second decides what is kept
+def test_the_compiler_keeps_no_dequantised_weight(backend):
+    layer = nn.Linear(128, 96)
+    model = nn.Sequential(NF4Linear(quantize_nf4(layer.weight, double_quant=True), layer.bias), nn.GELU())
+    x = torch.randn(4, 128, requires_grad=True)
+    expected = model(x)
+    (expected_grad,) = torch.autograd.grad(expected.square().sum(), x)
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.nbytes) or tensor, lambda t: t):
+        y = torch.compile(model, backend=backend)(x)
+    assert kept  # the hooks saw what is kept
+    assert max(kept) < layer.weight.nbytes / 4
+    (grad,) = torch.autograd.grad(y.square().sum(), x)
+    assert torch.allclose(y, expected, atol=1e-6)
+    assert torch.allclose(grad, expected_grad, atol=1e-6)
+    torch._dynamo.reset()

@@ -61,12 +61,13 @@ def test_records_hold_together(name):
         assert {"hardware", "precision", "date", "versions"} == machine.keys() - {"world_size", "commit"}  # added later
         assert {"python", "torch", "transformers", "accelerate"} == machine["versions"].keys()
     for line in record["runs"]:
-        job = line["job"]
+        job = experiments.DEFAULTS | line["job"]
         assert line["machine"] in range(len(record["machines"]))
         if job["part"] == "inside":
             continue
-        assert len(line["train_loss"]) == job["steps"]
-        assert all(math.isfinite(loss) for loss in [*line["train_loss"], line["validation"], line["test"]])
+        losses = line.get("train_loss", [])
+        assert len(losses) == (job["steps"] if job["every_step"] else 0)
+        assert all(math.isfinite(loss) for loss in [*losses, line["validation"], line["test"]])
         assert ("test accuracy" in line) == (job["task"] == "wordnet_topics")
         assert 0 <= line.get("test accuracy", 0.5) <= 1
         assert ("curves" in line) == (job["eval_every"] is not None)
@@ -311,6 +312,23 @@ def test_the_recorded_losses_begin_with_the_base_as_it_is_here():
         assert evaluate(base, splits[name]) == pytest.approx(recorded.pop(), abs=5e-3)  # TF32 there
 
 
+def test_the_other_start_has_a_random_b_and_learns(small):
+    """As large as A would be with r inputs; the first update is A's alone."""
+    for start, random in (("A", "lora_A"), ("B", "lora_B")):
+        model, _ = experiments._prepared(experiments._settings({"start": start, "r": 4, "targets": ["q_proj"]}))
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                scaled = parameter.detach() * parameter.shape[1] ** 0.5  # 192 of A, 4 of B
+                assert scaled.abs().max() <= 1
+                assert scaled.std() == pytest.approx(3**-0.5 if name.endswith(random) else 0, abs=0.05)
+    job = {"start": "B", "steps": 8, "rows": 16, "r": 2, "learning_rate": 1e-4, "eval_every": 8, "every_step": False}
+    result = experiments.run(job)
+    assert list(result) == ["eval_steps", "curves", "validation", "test"]
+    before, after = result["curves"]["validation"]
+    assert after < before
+    assert experiments.run(job | {"start": "A"})["curves"]["validation"][0] == before  # the base, either way
+
+
 def test_full_fine_tuning_trains_every_weight_of_a_fresh_copy(small):
     job = {"steps": 2, "rows": 8, "learning_rate": 1e-3, "method": "full"}
     first = experiments.run(job)
@@ -349,6 +367,7 @@ def test_look_inside(small):
     [
         ({"rank": 8}, r"a job with \['rank'\]: the settings are base, task"),
         ({"method": "ful"}, "method='ful': expected 'lora' or 'full'"),
+        ({"start": "C"}, "init_lora_weights='C'"),
         ({"dtype": "bf16"}, "dtype='bf16': expected 'float32' or 'bfloat16' or 'float16'"),
         ({"task": "wordnet_topics", "forgetting": True}, "a classifier has no loss on plain definitions"),
         ({"task": "devil"}, "unknown data set 'devil'"),

@@ -16,9 +16,9 @@ from transformers import (
 )
 
 from lora_edu.files import data_path
-from lora_edu.lab.datasets import collate, encode, load_dataset
+from lora_edu.lab.datasets import collate, encode, load_dataset, shuffled_batches
 from lora_edu.lab.schedules import rate_factor
-from lora_edu.lab.training import _batches, accuracy, evaluate, generate, set_seed, train
+from lora_edu.lab.training import accuracy, evaluate, generate, set_seed, train
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_same_seed_same_losses_other_seed_other_batches(model, rows):
 def test_the_order_of_the_batches_depends_on_the_seed_only():
     def first(seed: int) -> list[list[int]]:
         torch.rand(seed + 5)  # whatever the caller drew before
-        batches = _batches(10, 4, seed)
+        batches = shuffled_batches(10, 4, seed)
         return [next(batches) for _ in range(5)]
 
     assert first(0) == first(0) != first(1)
@@ -119,7 +119,7 @@ def test_without_patience_the_last_weights_stay(model, rows):
 
 
 def test_it_is_the_plain_loop_of_lesson_07(model, rows):
-    start, order = state(model), _batches(len(rows), 2, 0)
+    start, order = state(model), shuffled_batches(len(rows), 2, 0)
     ours = train(model, rows, steps=5, batch_size=2, learning_rate=1e-2, warmup_steps=3).train_loss
     trained = state(model)
     model.load_state_dict(start)

@@ -1,5 +1,7 @@
 """The referee's entrants that are no adapters: full fine-tuning, and a probe that trains the new head alone."""
 
+from typing import Any
+
 from torch import nn
 
 from lora_edu.core.entrants import Place, register_entrant
@@ -25,8 +27,9 @@ Cost: classes · (width + 1) numbers; no gradient flows into the base, so that a
 pass.
 Merging: there is nothing to merge; the head is a layer of its own.
 Papers: [Peters et al. 2019](https://arxiv.org/abs/1903.05987) find probing and fine-tuning close when the task is like
-the pretraining, and apart when it is not. Here the head reads BERT's pooler, as transformers' classifier does; a probe
-on the mean of all tokens, for which this base was trained, knows more.
+the pretraining, and apart when it is not. What h is matters: for `probe` the head reads BERT's pooler, as it does for
+all other methods here; for `probe-mean` it reads the mean of the tokens' last hidden states, by which [Sentence-BERT's
+models](https://arxiv.org/abs/1908.10084), of which this base is one, compare texts.
 """
 
 
@@ -40,22 +43,35 @@ def _head(model: nn.Module, place: Place) -> None:
             module.requires_grad_(True)
 
 
+def _head_on_the_mean(model: nn.Module, place: Place) -> None:
+    """Let the head read the mean of the tokens' last hidden states, and train it."""
+    model.get_submodule("bert").register_forward_hook(_pool_by_mean, with_kwargs=True)
+    _head(model, place)
+
+
+def _pool_by_mean(bert: nn.Module, args: tuple[Any, ...], given: dict[str, Any], output: Any) -> Any:
+    mask = given["attention_mask"][:, :, None]
+    output.pooler_output = (output.last_hidden_state * mask).sum(1) / mask.sum(1)
+    return output
+
+
 register_entrant(
     "full",
     method="Full fine-tuning",
     unfreeze=_all,
     rates={
-        "tiny": (1e-4, 2e-4, 5e-4, 1e-3, 2e-3),
+        "tiny": (5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3),
         "smollm2-135m": (1e-5, 2e-5, 5e-5, 1e-4, 2e-4),
         "minilm": (2e-5, 5e-5, 1e-4, 2e-4, 5e-4),
     },
     card=FULL,
 )
-register_entrant(
-    "probe",
-    method="Linear probe",
-    unfreeze=_head,
-    rates=(1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
-    needs="SEQ_CLS",
-    card=PROBE,
-)
+for _name, _unfreeze in (("probe", _head), ("probe-mean", _head_on_the_mean)):
+    register_entrant(
+        _name,
+        method="Linear probe",
+        unfreeze=_unfreeze,
+        rates=(1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0),
+        needs="SEQ_CLS",
+        card=PROBE,
+    )

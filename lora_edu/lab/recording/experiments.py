@@ -5,6 +5,7 @@ A job is a plain dictionary, so that it can be written to a file beside its resu
 """
 
 import copy
+import math
 from functools import cache
 from typing import Any
 
@@ -30,14 +31,17 @@ DEFAULTS: dict[str, Any] = {
     "use_rslora": False,
     "targets": "all-linear",
     "lora_dropout": 0.0,
+    "start": "A",  # the factor that is random, the other is zero; "B": drawn as A usually is; or init_lora_weights
     "dtype": "float32",  # of the base, also of every weight that full fine-tuning trains
     "autocast_adapter_dtype": True,  # A and B in float32 on a base in half precision
     "learning_rate": 1e-3,
     "schedule": "constant",  # or "linear": the rate falls to nearly zero
+    "max_grad_norm": 1.0,
     "steps": 60,
     "batch_size": 8,
     "rows": None,  # how many entries of the training split; None: all
     "eval_every": None,  # None: the validation loss at the end only
+    "every_step": True,  # False: without the training loss of every step, where there are many runs
     "forgetting": False,  # also the losses on plain definitions, WordNet's
     "seed": 0,
 }
@@ -60,9 +64,10 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     """Train as the job says; losses in nats per token (a classifier: per row, and its accuracy), on fixed splits.
 
     Returns:
-        ``train_loss`` of every step; ``validation`` and ``test`` at the end; with ``eval_every`` also ``eval_steps``
-        and the ``curves`` of the validation split and, with ``forgetting``, of ``plain`` definitions, as WordNet has
-        them, and of the same ones ``punctuated``: with a capital letter and a full stop, as the dictionaries have them.
+        ``train_loss`` of every step, if ``every_step``; ``validation`` and ``test`` at the end; with ``eval_every``
+        also ``eval_steps`` and the ``curves`` of the validation split and, with ``forgetting``, of ``plain``
+        definitions, as WordNet has them, and of the same ones ``punctuated``: with a capital letter and a full stop,
+        as the dictionaries have them.
 
     Raises:
         ValueError: for a setting that no job has, an unknown method, or settings that do not go together.
@@ -72,7 +77,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     curves = {"validation": splits["validation"]} if settings["eval_every"] else {}
     if settings["forgetting"]:
         curves |= {name: splits[name] for name in ("plain", "punctuated")}
-    names = ("steps", "learning_rate", "schedule", "batch_size", "seed")
+    names = ("steps", "learning_rate", "schedule", "batch_size", "max_grad_norm", "seed")
     history = train(
         model,
         splits["train"][: settings["rows"]],
@@ -80,7 +85,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         eval_every=settings["eval_every"] or settings["steps"],
         **{name: settings[name] for name in names},
     )
-    result: dict[str, Any] = {"train_loss": _rounded(history.train_loss)}
+    result: dict[str, Any] = {"train_loss": _rounded(history.train_loss)} if settings["every_step"] else {}
     if curves:
         result |= {"eval_steps": history.eval_steps}
         result |= {"curves": {name: _rounded(losses) for name, losses in history.eval_loss.items()}}
@@ -200,11 +205,23 @@ def _prepared(settings: dict[str, Any]) -> tuple[nn.Module, dict[str, list]]:
     names = ("r", "lora_alpha", "use_rslora", "lora_dropout")
     config = LoraConfig(
         target_modules=settings["targets"],
+        init_lora_weights=True if settings["start"] in ("A", "B") else settings["start"],
         modules_to_save=["score"] if topics else None,
         **{name: settings[name] for name in names},
     )
     inject(model, config, autocast_adapter_dtype=settings["autocast_adapter_dtype"])
+    if settings["start"] == "B":
+        exchange_starts(model)
     return model, splits
+
+
+def exchange_starts(model: nn.Module) -> None:
+    """Set every A to zero and draw every B as A usually is: uniform, its variance 1 / (3 · its inputs, which are r)."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_A"):
+            nn.init.zeros_(parameter)
+        elif name.endswith("lora_B"):
+            nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
 
 
 @cache

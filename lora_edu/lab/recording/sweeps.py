@@ -1,5 +1,6 @@
-"""Which runs the recorded sweeps of lessons 07 and 10 are made of. ``full_runs.py`` beside it does them."""
+"""Which runs the recorded sweeps of lessons 06, 07, 10 and 16 are made of. ``full_runs.py`` beside it does them."""
 
+import math
 from collections.abc import Iterator
 from itertools import product
 from typing import Any
@@ -156,6 +157,29 @@ def _tiny_schedules() -> Iterator[tuple[str, Job]]:
                 yield "schedule", common | {"schedule": schedule, "learning_rate": rate, "seed": seed}
 
 
+def _tiny_starts() -> Iterator[tuple[str, Job]]:
+    """Lesson 16: three rules for alpha at four ranks, from either start, and PiSSA; over rates, one long run for each.
+
+    Nothing is clipped: then two ratios of rates, scale and the start's size decide all, and LoRA+ with the ratio 16 is
+    plain LoRA with 16 times the alpha. So alpha = 2r with LoRA+, either way round, needs no optimizer of its own.
+    """
+    common: Job = {"task": "jargon", "steps": 400, "eval_every": 25, "every_step": False, "max_grad_norm": 1e9}
+    for seed in SEEDS:
+        for start, r in product("AB", (1, 4, 16, 64)):
+            alphas = {32.0, 2.0 * r, r**0.5}  # at r = 16 two rules are one
+            if (start, r) == ("A", 4):
+                alphas |= {2.0 * r * 16, 2.0 * r / 16}
+            for alpha in sorted(alphas):
+                # Where the best rate lay after 25 steps, and a little lower, as it is after more.
+                middle = -7 - 0.65 * math.log2(alpha) if start == "A" else -11.5 - math.log2(alpha / r)
+                for exponent in range(round(middle) - 4, round(middle) + 4):
+                    job = {"start": start, "r": r, "lora_alpha": alpha, "learning_rate": 2.0**exponent, "seed": seed}
+                    yield "starts", common | job
+        for exponent in range(-14, -6):  # the rates of plain LoRA at the same rank and scale
+            pissa = {"start": "pissa", "r": 16, "lora_alpha": 32.0, "learning_rate": 2.0**exponent, "seed": seed}
+            yield "starts", common | pissa
+
+
 def _smollm2_choices() -> Iterator[tuple[str, Job]]:
     rates, full_rates = (2e-4, 7e-4, 2e-3), (2e-5, 5e-5, 1e-4)
     yield from _choices("smollm2-135m", "devils_dictionary", 80, rates, full_rates, FIVE_SEEDS)
@@ -167,6 +191,7 @@ WHAT = {  # in a word, and what each needs
     "smollm2_choices": "lesson 10: one choice at a time; needs the base smollm2-135m",
     "tiny_choices": "lesson 10: one choice at a time, with the base tiny",
     "tiny_schedules": "lesson 07: a constant rate against one that falls, with the base tiny",
+    "tiny_starts": "lesson 16: rules for alpha, starts and PiSSA over rates at four ranks, with the base tiny",
 }
 SWEEPS = {
     "smollm2_finetuning": _finetuning,
@@ -174,4 +199,5 @@ SWEEPS = {
     "smollm2_choices": _smollm2_choices,
     "tiny_choices": _tiny_choices,
     "tiny_schedules": _tiny_schedules,
+    "tiny_starts": _tiny_starts,
 }

@@ -95,7 +95,8 @@ def start_and_alpha(config: Any) -> Iterator[Finding]:
             "note", "shifted-start",
             f"init_lora_weights={start!r}: this start changes the base's weights, so that the file fits only a base "
             "that is changed in the same way.", "08",
-            "Save with path_initial_model_for_weight_conversion, which writes plain LoRA for the untouched base.",
+            "From PEFT, save PiSSA and its like with path_initial_model_for_weight_conversion, which writes plain LoRA "
+            "for the untouched base. LoftQ's base is made again from the one in full precision.",
         )  # fmt: skip
     alpha, default = config.lora_alpha, type(config)
     if alpha == default.lora_alpha and config.r > default.r:
