@@ -208,6 +208,7 @@ class LoraConfig(AdapterConfig):
             if getattr(self, f"{start}_config") and self.init_lora_weights != start:
                 ignored = f"{start}_config is ignored with init_lora_weights={self.init_lora_weights!r}"
                 warnings.warn(ignored, stacklevel=4)
+                setattr(self, f"{start}_config", {} if start == "loftq" else None)
         super().__post_init__()
 
     def rank_of(self, name: str) -> int:

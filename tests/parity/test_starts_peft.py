@@ -25,6 +25,7 @@ from shapes import (
     their_parameters,
     tiny_model,
 )
+from test_qlora_peft import their_four_bits
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -32,6 +33,7 @@ from lora_edu import LoraConfig, count_parameters, inject, load_adapter, merge_a
 from lora_edu.core.adapter import adapter_layers
 from lora_edu.core.layer import LoRALinear
 from lora_edu.variants.pissa import pissa_start
+from lora_edu.variants.shifted import ShiftedQLoRA
 
 pytestmark = [
     pytest.mark.parity,
@@ -218,6 +220,19 @@ def test_the_randomised_decomposition_is_pefts():
     layer = model.model.layers[0].self_attn.q_proj
     by_svd = torch.from_numpy(part_of("pissa", layer.weight.detach().numpy(), 4, layer.scaling))
     assert relative_error(layer.scaling * layer.lora_B @ layer.lora_A, by_svd) <= 1e-6
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_bitsandbytes_layers_start_from_the_numbers_that_they_stand_for(start):
+    """PEFT refuses PiSSA there, and for OLoRA rounds what is left to four bits again."""
+    model, _ = their_four_bits()
+    batch = batch_for("llama", model)
+    expected = model(**batch).logits
+    inject(model, LoraConfig(r=4, lora_alpha=6, target_modules=TARGETS["llama"], init_lora_weights=start))
+    assert relative_error(model(**batch).logits, expected) <= 1e-5
+    assert {type(layer) for layer in adapter_layers(model).values()} == {ShiftedQLoRA}
+    losses = losses_of_twenty_steps(model, lambda each: each(**batch).loss)
+    assert losses[-1] < losses[0]
 
 
 # Files

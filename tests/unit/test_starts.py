@@ -97,7 +97,7 @@ def test_a_weight_that_is_not_finite_or_not_here_is_refused(start):
 
 def test_settings_of_loftq_without_loftq_are_ignored_with_a_warning_as_in_peft():
     with pytest.warns(UserWarning, match="loftq_config is ignored with init_lora_weights=True"):
-        LoraConfig(loftq_config={"loftq_iter": 5})
+        assert LoraConfig(loftq_config={"loftq_iter": 5}) == LoraConfig()
     with pytest.raises(TypeError, match=r"loftq_config=5: expected a dictionary such as \{'loftq_iter': 5\}"):
         LoraConfig(init_lora_weights="loftq", loftq_config=5)
 
