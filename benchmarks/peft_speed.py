@@ -1,9 +1,11 @@
-"""Time and memory of a training step: our plain and fused LoRA, PEFT's, and full fine-tuning, on the CPU.
+"""Time and memory of a training step: our plain and fused LoRA, or DoRA, PEFT's, and full fine-tuning, on the CPU.
 
     python benchmarks/peft_speed.py                      # writes data/runs/peft_speed.json, 25 minutes on 2 cores
     python benchmarks/peft_speed.py --quick              # the same code on small shapes, in half a minute
+    python benchmarks/peft_speed.py --dora               # the same of DoRA: writes data/runs/dora_speed.json
 
-"ours" is the plain layer of lesson 03, "fast" the fused one of lesson 24. Two shapes. "bert": hidden 384, 6 layers, as
+"ours" is the plain layer of lesson 03, "fast" the fused one of lesson 24; of DoRA, those of lesson 17, and "lora" is
+our plain LoRA beside them. Two shapes. "bert": hidden 384, 6 layers, as
 in minilm, random weights, one thread, processor time. "smollm2": the SmolLM2-135M model, two threads, wall time. All
 methods of a comparison stand in one process and take a step in turns, so that a disturbance meets all of them; what
 counts are the ratios of each round. Memory is measured in other processes, one for each method. The record keeps every
@@ -61,11 +63,17 @@ COMPARISONS: list[dict[str, Any]] = [
     {"shape": "bert", "adapted": "all-linear", "lora_dropout": 0.1},
     {"shape": "smollm2", "adapted": "all-linear", "lora_dropout": 0.0},
 ]
-RATIOS = [("ours", "peft"), ("ours", "full"), ("peft", "full"), ("fast", "peft"), ("fast", "full"), ("fast", "ours")]
+DORA = [{"shape": "bert", "adapted": "all-linear", "lora_dropout": 0.0, "use_dora": True}]
+RATIOS = [
+    *[("ours", "peft"), ("ours", "full"), ("peft", "full"), ("fast", "peft"), ("fast", "full"), ("fast", "ours")],
+    *[("ours", "lora"), ("peft", "lora"), ("fast", "lora")],
+]
 
 
 def targets(comparison: dict[str, Any]) -> dict[str, float]:
     """The ratios that the course sets itself, at most."""
+    if comparison.get("use_dora"):
+        return {"ours / peft": 0.80, "fast / peft": 0.70}
     if comparison["shape"] == "smollm2":
         return {"ours / peft": 1.03, "ours / full": 0.88, "fast / full": 0.75}
     fast = {("q,v", 0.0): 0.94, ("all-linear", 0.0): 0.85, ("all-linear", 0.1): 0.83}
@@ -120,6 +128,7 @@ class Step:
                 "lora_dropout": comparison["lora_dropout"],
                 "target_modules": names[comparison["adapted"]],
                 "modules_to_save": ["classifier"] if shape == "bert" else None,
+                "use_dora": comparison.get("use_dora", False) and method != "lora",
             }
             if method == "peft":
                 self.model = peft.get_peft_model(self.model, peft.LoraConfig(**lora))
@@ -210,8 +219,7 @@ def compare(comparison: dict[str, Any], methods: list[str], rounds: int, warmup:
     settings = SHAPES[comparison["shape"]] | (QUICK if quick else {})
     torch.set_num_threads(settings["threads"])
     steps = {method: Step(comparison, method, quick) for method in methods}
-    start_alike(steps["fast"].model, steps["peft"].model)
-    layers = start_alike(steps["ours"].model, steps["peft"].model)
+    layers = [start_alike(steps[name].model, steps["peft"].model) for name in methods if name not in ("full", "peft")]
     functions = {method: counted(step, bar) for method, step in steps.items()}
     times = paired_times(functions, rounds, warmup, getattr(time, settings["clock"]))
     ratios = {}
@@ -225,7 +233,7 @@ def compare(comparison: dict[str, Any], methods: list[str], rounds: int, warmup:
             }
     line = comparison | settings
     line |= {
-        "layers": layers,
+        "layers": layers[0],
         "trainable": {method: step.trainable for method, step in steps.items()},
         "targets": {} if quick else targets(comparison),  # meant for the real shapes
         "ratios": ratios,
@@ -294,16 +302,19 @@ def main(
     warmup: Annotated[int, typer.Option(help="Rounds before that are not timed.")] = 2,
     out: Annotated[Path | None, typer.Option(help="The file to write, by default data/runs/peft_speed.json.")] = None,
     only: Annotated[str | None, typer.Option(help="One shape: bert or smollm2.")] = None,
+    dora: Annotated[bool, typer.Option("--dora", help="DoRA instead of LoRA, on the shape bert.")] = False,
     revision: Annotated[str | None, typer.Option("--commit", help="The commit, where git cannot tell.")] = None,
 ) -> None:
-    """Time our plain and fused LoRA training steps against PEFT's and full fine-tuning, and measure their memory."""
+    """Time our plain and fused training steps of LoRA, or DoRA, against PEFT's and others, and measure their memory."""
     if only not in (None, *SHAPES):
         raise typer.BadParameter(f"--only {only}: expected {' or '.join(SHAPES)}")
     rounds = rounds or (3 if quick else 24)
-    path = out or ROOT / ("build/peft_speed_quick.json" if quick else "data/runs/peft_speed.json")
+    name = "dora_speed" if dora else "peft_speed"
+    path = out or ROOT / (f"build/{name}_quick.json" if quick else f"data/runs/{name}.json")
     start = time.perf_counter()
     record: dict[str, Any] = {
-        "what": "one training step in float32 with AdamW: ours (plain, fast), PEFT's, full; ratios of paired steps",
+        "what": f"one training step in float32 with AdamW: ours (plain, fast), PEFT's, {'LoRA' if dora else 'full'}; "
+        "ratios of paired steps",
         "command": " ".join(["python", "benchmarks/peft_speed.py", *sys.argv[1:]]),
         "date": date.today().isoformat(),
         "commit": revision or commit(),
@@ -321,10 +332,11 @@ def main(
         "rounds": rounds,
         "warmup": warmup,
     }
-    chosen = [comparison for comparison in COMPARISONS if only in (None, comparison["shape"])]
+    chosen = [comparison for comparison in (DORA if dora else COMPARISONS) if only in (None, comparison["shape"])]
     kept = lines_to_keep(path, record, only)
     # Full fine-tuning has no LoRA dropout: once for each choice of layers is enough.
-    methods = [["full"] * (not c["lora_dropout"]) + ["ours", "peft", "fast"] for c in chosen]
+    beside = [["lora"] if dora else ["full"] * (not comparison["lora_dropout"]) for comparison in chosen]
+    methods = [[*others, "ours", "peft", "fast"] for others in beside]
     total = (rounds + warmup) * sum(map(len, methods))
     measured: list[dict[str, Any]] = []
     with tqdm(total=total, unit="step", disable=os.environ.get("LORA_EDU_PROGRESS") == "0") as bar:

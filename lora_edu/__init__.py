@@ -26,9 +26,17 @@ if TYPE_CHECKING:
     from lora_edu.rivals.prompt import PromptTuningConfig
     from lora_edu.serving.hotswap import hotswap_adapter
     from lora_edu.serving.mixed import adapter_names
+    from lora_edu.variants.eva import EvaConfig
     from lora_edu.variants.four_bit_base import quantize_base
+    from lora_edu.variants.gora import GoraConfig
+    from lora_edu.variants.loha import LoHaConfig
+    from lora_edu.variants.lokr import LoKrConfig
+    from lora_edu.variants.loraga import LoraGAConfig
     from lora_edu.variants.loraplus import create_loraplus_optimizer
+    from lora_edu.variants.lotr import LotrConfig
     from lora_edu.variants.qlora import dequantize_base
+    from lora_edu.variants.shira import ShiraConfig
+    from lora_edu.variants.vera import VeraConfig
 
 # Public name → the module it comes from, by the lesson that builds it or uses it first.
 _HOMES = {
@@ -58,7 +66,15 @@ _HOMES = {
     "IA3Config": "lora_edu.rivals.ia3",
     "PrefixTuningConfig": "lora_edu.rivals.prefix",
     "PromptTuningConfig": "lora_edu.rivals.prompt",
-    "create_loraplus_optimizer": "lora_edu.variants.loraplus",  # 16
+    "EvaConfig": "lora_edu.variants.eva",  # 16
+    "GoraConfig": "lora_edu.variants.gora",
+    "LoraGAConfig": "lora_edu.variants.loraga",
+    "create_loraplus_optimizer": "lora_edu.variants.loraplus",
+    "LoHaConfig": "lora_edu.variants.loha",  # 17
+    "LoKrConfig": "lora_edu.variants.lokr",
+    "LotrConfig": "lora_edu.variants.lotr",
+    "ShiraConfig": "lora_edu.variants.shira",
+    "VeraConfig": "lora_edu.variants.vera",
 }
 __all__ = list(_HOMES)
 

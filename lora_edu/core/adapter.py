@@ -71,11 +71,7 @@ class AdapterLayer(Wrapper):
     # What a method says of itself
 
     def adapted(self, weight: Tensor, bias: Tensor | None) -> Pair:
-        """The dense weight and bias that this adapter alone turns the given ones into.
-
-        Args:
-            weight, bias: at least float32, in the base's own orientation.
-        """
+        """What this adapter alone turns a dense weight and bias into: at least float32, in the base's orientation."""
         raise NotImplementedError(f"{type(self).__name__} has no dense form; its class says mergeable = False")
 
     def adapter_parameters(self) -> list[nn.Parameter]:
@@ -98,6 +94,9 @@ class AdapterLayer(Wrapper):
                 if id(tensor) not in own:
                     raise NotImplementedError(f"{type(self).__name__} makes {key!r} for its file: write from_file too")
                 tensor.copy_(tensors[key])
+
+    def check_file(self, tensors: dict[str, Tensor]) -> None:
+        """Raise ValueError if a file whose keys and shapes fit holds values that cannot be this layer's."""
 
     def reconfigure(self, config: Any, name: str) -> None:
         """Take over what another config of the same method says of the layer called ``name``: for ``hotswap_adapter``.

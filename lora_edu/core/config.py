@@ -145,6 +145,7 @@ class AdapterConfig:
 
 # Initialisations that leave the base's weights alone: once the adapter's tensors are loaded, they make no difference.
 INITS_THAT_KEEP_THE_BASE = (True, False, "gaussian", "orthogonal", "eva")
+STARTS_WITH_SETTINGS = ("loftq", "eva", "lora_ga")  # those of loftq_config, eva_config and lora_ga_config
 
 
 @dataclass
@@ -160,10 +161,13 @@ class LoraConfig(AdapterConfig):
         lora_dropout: probability of dropping an input entry on its way into A, in training.
         bias: which biases train: ``"none"``, ``"all"``, or ``"lora_only"`` (those of adapted layers).
         use_rslora: scale by lora_alpha / √r.
-        use_dora: weight-decomposed LoRA (lesson 17).
+        use_dora: train the length of each row of a weight by itself, and its direction by LoRA (lesson 17).
         init_lora_weights: True, False or ``"gaussian"``; of lesson 16 ``"pissa"``, ``"pissa_niter_4"`` (with any number
-            of iterations), ``"olora"`` and ``"loftq"``.
+            of iterations), ``"olora"`` and ``"loftq"``; and ``"eva"`` and ``"lora_ga"``, which start from data:
+            ``inject(..., batches=[...])``.
         loftq_config: for ``"loftq"``: {"loftq_bits": 4, "loftq_iter": how often it alternates}.
+        eva_config, lora_ga_config: for ``"eva"`` an ``EvaConfig``, for ``"lora_ga"`` a ``LoraGAConfig``; None means
+            their defaults.
         modules_to_save: name endings of modules of which the adapter trains and saves a full copy.
         ensure_weight_tying: where head and embedding share a weight and one of them is in ``modules_to_save``, train
             one copy for both. Without it each has its own. For LoRA on such a layer it is refused.
@@ -187,6 +191,8 @@ class LoraConfig(AdapterConfig):
     use_dora: bool = False
     init_lora_weights: bool | str = True
     loftq_config: dict[str, int] = field(default_factory=dict)
+    eva_config: Any = None
+    lora_ga_config: Any = None
     ensure_weight_tying: bool = False
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
@@ -195,19 +201,14 @@ class LoraConfig(AdapterConfig):
         self.r = check_rank(self.r)
         check_dropout(self.lora_dropout)
         check_alpha(self.lora_alpha)
-        for name in ("rank_pattern", "alpha_pattern"):
-            if not isinstance(patterns := getattr(self, name) or {}, Mapping):
-                raise TypeError(f"{name}={patterns!r}: expected a dictionary {{part of a name: value}}")
-            setattr(self, name, dict(patterns))
-            for pattern in patterns:
-                check_regex(name, pattern)
-        self.rank_pattern = {pattern: check_rank(rank) for pattern, rank in self.rank_pattern.items()}
-        for alpha in self.alpha_pattern.values():
-            check_alpha(alpha)
+        check_patterns(self)
         if not isinstance(self.loftq_config, Mapping):
             raise TypeError(f"loftq_config={self.loftq_config!r}: expected a dictionary such as {{'loftq_iter': 5}}")
-        if self.loftq_config and self.init_lora_weights != "loftq":
-            warnings.warn(f"loftq_config is ignored with init_lora_weights={self.init_lora_weights!r}", stacklevel=4)
+        for start in STARTS_WITH_SETTINGS:
+            if getattr(self, f"{start}_config") and self.init_lora_weights != start:
+                ignored = f"{start}_config is ignored with init_lora_weights={self.init_lora_weights!r}"
+                warnings.warn(ignored, stacklevel=4)
+                setattr(self, f"{start}_config", {} if start == "loftq" else None)
         super().__post_init__()
 
     def rank_of(self, name: str) -> int:
@@ -227,10 +228,15 @@ class LoraConfig(AdapterConfig):
             "use_rslora": self.use_rslora,
         }
 
+    def to_file(self) -> dict[str, Any]:
+        unset = {f"{start}_config" for start in STARTS_WITH_SETTINGS if not getattr(self, f"{start}_config")}
+        return {name: value for name, value in super().to_file().items() if name not in unset}
+
     @classmethod
     def from_file(cls, fields: Mapping[str, Any]) -> Any:
         if fields.get("init_lora_weights", True) in INITS_THAT_KEEP_THE_BASE:
             fields = {**fields, "init_lora_weights": True}
+            fields |= {f"{start}_config": None for start in STARTS_WITH_SETTINGS}
         return super().from_file(fields)
 
     def parts(self, model: nn.Module, names: Sequence[str], context: InjectionContext) -> list[Part]:
@@ -247,10 +253,28 @@ class LoraConfig(AdapterConfig):
         return tie_copies(AdapterConfig.parts(both, model, names, context), tied)
 
     def warn_unused_patterns(self, names: Sequence[str]) -> None:
-        for field_name in ("rank_pattern", "alpha_pattern"):
-            for pattern in getattr(self, field_name):
-                if not any(fits(pattern, name) for name in names):
-                    warnings.warn(f"{field_name}: {pattern!r} fits none of the adapted modules", stacklevel=4)
+        warn_unused_patterns(self, names)
+
+
+def check_patterns(config: Any) -> None:
+    """Raise unless ``rank_pattern`` and ``alpha_pattern`` are dictionaries of values for patterns; keep copies."""
+    for name in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(patterns := getattr(config, name) or {}, Mapping):
+            raise TypeError(f"{name}={patterns!r}: expected a dictionary {{part of a name: value}}")
+        setattr(config, name, dict(patterns))
+        for pattern in patterns:
+            check_regex(name, pattern)
+    config.rank_pattern = {pattern: check_rank(rank) for pattern, rank in config.rank_pattern.items()}
+    for alpha in config.alpha_pattern.values():
+        check_alpha(alpha)
+
+
+def warn_unused_patterns(config: Any, names: Sequence[str]) -> None:
+    """Warn about patterns in ``rank_pattern`` and ``alpha_pattern`` that fit none of these modules."""
+    for field_name in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, field_name):
+            if not any(fits(pattern, name) for name in names):
+                warnings.warn(f"{field_name}: {pattern!r} fits none of the adapted modules", stacklevel=5)
 
 
 def first_match(patterns: Mapping[str, Any], name: str, default: Any) -> Any:

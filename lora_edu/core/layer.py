@@ -18,6 +18,8 @@ from transformers.pytorch_utils import Conv1D
 from lora_edu.core.adapter import AdapterLayer, Pair, at_least_float32, innermost
 
 Factors = tuple[Tensor, Tensor, float, float]  # A, B, s, and the probability of dropout
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+PRODUCTS = (nn.Linear.forward, Conv1D.forward)
 
 
 class LoRALinear(AdapterLayer):
@@ -167,6 +169,11 @@ class LoRAEmbedding(LoRALinear):
         return {"lora_embedding_A": self.lora_A, "lora_embedding_B": self.lora_B}
 
 
+def is_plain_product(layer: nn.Module) -> bool:
+    """Whether calling this layer gives x Wᵀ + b and does nothing else: it has no forward of its own, and no hooks."""
+    return type(layer).forward in PRODUCTS and not any(getattr(layer, hooks) for hooks in HOOKS)
+
+
 def scale_of(lora_alpha: float, r: int, use_rslora: bool) -> float:
     """s: lora_alpha / r, or lora_alpha / √r (Kalajdzievski 2023)."""
     return lora_alpha / (math.sqrt(r) if use_rslora else r)
@@ -187,7 +194,7 @@ def check_dropout(lora_dropout: float) -> None:
         raise ValueError(f"lora_dropout={lora_dropout!r}: expected a probability between 0 and 1, for example 0.05")
 
 
-def check_alpha(lora_alpha: float) -> None:
-    """Raise unless lora_alpha is a finite number."""
-    if isinstance(lora_alpha, bool) or not isinstance(lora_alpha, Real) or not math.isfinite(lora_alpha):
-        raise ValueError(f"lora_alpha={lora_alpha!r}: expected a finite number, for example 16")
+def check_alpha(alpha: float, name: str = "lora_alpha") -> None:
+    """Raise unless alpha, which the message calls ``name``, is a finite number."""
+    if isinstance(alpha, bool) or not isinstance(alpha, Real) or not math.isfinite(alpha):
+        raise ValueError(f"{name}={alpha!r}: expected a finite number, for example 16")

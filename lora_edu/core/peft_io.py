@@ -149,8 +149,9 @@ def read_config(folder: Path) -> AdapterConfig:
 
 def check_converted(config: AdapterConfig, folder: Path) -> None:
     """Raise if a method that writes its files as another's, as of plain LoRA, was saved as it is."""
-    method, fields = method_of(config), config.to_file()
-    if method.file_fields(fields) != fields:
+    method = method_of(config)
+    written = method.file_fields(config.to_file())
+    if written != config.to_file() and method_of(type(config).from_file(written)) is not method:
         raise ValueError(
             f"{folder} holds {method.name} as it trained, for a base that its start has changed; save it from PEFT "
             "with path_initial_model_for_weight_conversion, which writes a plain LoRA for the untouched base"
@@ -223,10 +224,15 @@ def tensors_of(layers: Mapping[str, AdapterLayer], parts: Iterable[Part]) -> dic
     return tensors
 
 
+def of_layer(name: str, layer: AdapterLayer, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a file holds of one layer."""
+    return {key: tensors[f"{PREFIX}{name}.{key}"] for key in layer.to_file()}
+
+
 def fill(layers: Mapping[str, AdapterLayer], parts: Iterable[Part], tensors: Mapping[str, Tensor]) -> None:
     """Put a file's values into layers and parts; ``check_tensors`` has seen that they fit."""
     for name, layer in layers.items():
-        layer.from_file({key: tensors[f"{PREFIX}{name}.{key}"] for key in layer.to_file()})
+        layer.from_file(of_layer(name, layer, tensors))
     for part in parts:
         part.from_file(tensors)
 
@@ -277,6 +283,11 @@ def check_tensors(
             )
         if tensors[key].is_floating_point() != parameter.is_floating_point():
             raise ValueError(f"{path}: {key!r} holds {tensors[key].dtype} numbers, expected {parameter.dtype}")
+    for name, layer in layers.items():
+        try:
+            layer.check_file(of_layer(name, layer, tensors))
+        except ValueError as error:
+            raise ValueError(f"{path}: {name}: {error}") from None
 
 
 def repeats_base(key: str, tensor: Tensor, model: nn.Module) -> bool:

@@ -168,7 +168,8 @@ def lora_parameters(
 
 def base_parameters(model: nn.Module) -> int:
     """All parameters of a model as it was before adapters came, tied weights once."""
-    return count_parameters(model)[1] - sum(parameter.numel() for parameter in _of_adapters(model))
+    own = {id(parameter): parameter.numel() for parameter in _of_adapters(model)}  # layers may share some
+    return count_parameters(model)[1] - sum(own.values())
 
 
 def _of_adapters(model: nn.Module) -> Iterator[nn.Parameter]:

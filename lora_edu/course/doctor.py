@@ -12,7 +12,9 @@ from pathlib import Path
 from lora_edu.course.notebooks.runs import recorded_times
 from lora_edu.files import ROOT
 
-LIBRARIES = ["torch", "transformers", "peft", "accelerate", "safetensors", "numpy", "matplotlib", "jupyterlab", "nbval"]
+LIBRARIES = [
+    "torch", "transformers", "peft", "trl", "accelerate", "safetensors", "numpy", "matplotlib", "jupyterlab", "nbval",
+]  # fmt: skip
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 

@@ -12,16 +12,13 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor
 
 from lora_edu.core.adapter import AdapterLayer
+from lora_edu.core.layer import PRODUCTS, is_plain_product
 from lora_edu.core.methods import register_fast_form
 from lora_edu.fast.function import lora_linears
 from lora_edu.fast.siblings import Siblings, introduce
-
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-KINDS = (nn.Linear, Conv1D)
 
 
 class FusedForward:
@@ -39,9 +36,7 @@ class FusedForward:
 
     def is_covered(self: Any) -> bool:
         """Whether ``lora_linears`` computes what the plain forward would."""
-        base = self.base
-        as_it_came = type(base).forward in PLAIN and not any(getattr(base, hooks) for hooks in HOOKS)
-        return as_it_came and self.adds_to_output()
+        return is_plain_product(self.base) and self.adds_to_output()
 
     def __reduce__(self) -> Any:
         """How to copy and pickle a layer whose class was made here and cannot be found by its name."""
@@ -58,9 +53,6 @@ def together(x: Tensor, layers: list[Any]) -> tuple[Tensor, ...]:
         scalings.append(scaling)
         dropouts.append(dropout_p)
     return lora_linears(x, tensors, scalings, dropouts)
-
-
-PLAIN = tuple(kind.forward for kind in KINDS)
 
 
 @cache
@@ -87,7 +79,7 @@ def fuse(layer: AdapterLayer) -> bool:
 
     The object stays and gets another class, as PyTorch's ``fully_shard`` does it: parameters, hooks and names are kept.
     """
-    if not callable(getattr(layer, "factors", None)) or type(layer.frozen).forward not in PLAIN:
+    if not callable(getattr(layer, "factors", None)) or type(layer.frozen).forward not in PRODUCTS:
         return False
     own: Any = type(layer)
     layer.__class__ = fused_class(own)

@@ -157,9 +157,13 @@ def without_gradient(model: nn.Module) -> list[str]:
 
     The forward pass never called them, or its result did not enter the loss. Merged layers are left out.
     """
-    found = adapters_in(model)
-    parameters = [(name, layer.adapter_parameters()) for name, layer in found if not layer.merged]
-    silent = [name for name, each in parameters if each and all(p.requires_grad and p.grad is None for p in each)]
+    parameters = [(name, layer.adapter_parameters()) for name, layer in adapters_in(model) if not layer.merged]
+    holders = Counter(id(parameter) for _, each in parameters for parameter in each)
+    silent = []
+    for name, each in parameters:
+        own = [parameter for parameter in each if holders[id(parameter)] == 1]  # a shared one has others' gradients
+        if own and all(parameter.requires_grad and parameter.grad is None for parameter in own):
+            silent.append(name)
     return list(dict.fromkeys(silent))
 
 

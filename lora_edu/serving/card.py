@@ -134,7 +134,7 @@ def settings_of(folder: Path, config: Any) -> list[tuple[str, str]]:
     """What the two files say: the settings that are not left empty, the scale as it acts, and the sizes."""
     fields = {key: value for key, value in read_fields(folder / CONFIG_FILE).items() if key not in LEFT_OUT}
     rows = [(key, shown(value)) for key, value in fields.items() if value not in (None, False, [], {}, "none", 0.0)]
-    if hasattr(config, "alpha_of"):
+    if hasattr(config, "use_rslora"):
         scale = scale_of(config.lora_alpha, config.r, config.use_rslora)
         patterns = "" if not (config.rank_pattern or config.alpha_pattern) else " where no pattern says otherwise"
         rows.append(("scale of B·A as it acts", f"{scale:.4g}{patterns}"))

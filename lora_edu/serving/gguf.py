@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lora_edu.core.config import INITS_THAT_KEEP_THE_BASE
 from lora_edu.core.layer import scale_of
 from lora_edu.core.parts import PREFIX
 from lora_edu.core.peft_io import CONFIG_FILE, read_config, read_tensors, save_adapter
@@ -80,6 +81,8 @@ def save_adapter_gguf(
     settings: Any = read_config(folder)
     if settings.peft_type != "LORA":
         raise ValueError(f"peft_type={settings.peft_type!r} is not LoRA; {WAY_OUT}")
+    if (start := settings.init_lora_weights) not in INITS_THAT_KEEP_THE_BASE:
+        raise ValueError(f"init_lora_weights={start!r}: A and B are for a base that this start has changed; {WAY_OUT}")
     config = llama_config(base or base_named_in(folder))
     factors = factors_in(folder, config)
     # llama.cpp divides by the rank again, whatever the rank was divided by in training.

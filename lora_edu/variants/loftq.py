@@ -5,11 +5,11 @@ little worse than the pretrained one. LoftQ starts the adapter at the best low-r
 Formula: by turns, T times, Q = NF4(W − s · B A) and s · B A = the rank-r matrix nearest to W − Q, beginning with
 B A = 0; then y = Q x + s · B A x, and A and B train
 Cost: T singular value decompositions of each weight before training; 4.5 bits for each frozen weight. Then as QLoRA.
+On `tiny`, r = 8 takes 7 % off the error of rounding with T = 1, and 16 % with T = 5: it is spread over all directions.
 Merging: as QLoRA: exact into Q in 16 bits (``dequantize_base``), not into the original weight W.
 Papers: [Li et al. 2023](https://arxiv.org/abs/2310.08659) report better results than QLoRA's, most of all where weights
-have two bits, or two and four. The correction is small if r is: rounding leaves errors in all directions alike.
-[PEFT's version](https://github.com/huggingface/peft/issues/1982) does not divide the start by s, and so overshoots
-where lora_alpha is not r.
+have two bits, or two and four. [PEFT's version](https://github.com/huggingface/peft/issues/1982) does not divide the
+start by s, and so starts away from W wherever lora_alpha is not r.
 
 Switched on by ``LoraConfig(init_lora_weights="loftq", loftq_config={"loftq_bits": 4, "loftq_iter": 1})``, as in PEFT,
 for a model in full precision: ``inject`` stores its target layers in four bits. This is the one start that changes the
@@ -145,7 +145,7 @@ def iterations_in(settings: dict[str, Any]) -> int:
 
 def with_defaults(fields: dict[str, Any]) -> dict[str, Any]:
     """The fields of a file: PEFT wants both settings spelled out."""
-    return fields | {"loftq_config": DEFAULTS | fields["loftq_config"]}
+    return fields | {"loftq_config": DEFAULTS | fields.get("loftq_config", {})}
 
 
 register(

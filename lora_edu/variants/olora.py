@@ -40,7 +40,7 @@ def olora_start(W: Tensor, r: int, s: float) -> tuple[Tensor, Tensor]:
     Returns:
         A₀ (r, in) and B₀ (out, r).
 
-    Source: Büyükakyüz 2024, section 3. Card in the book.
+    Source: Büyükakyüz 2024. Card in the book.
     """
     Q, R = torch.linalg.qr(W)
     return R[:r], Q[:, :r]

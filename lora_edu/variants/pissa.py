@@ -47,7 +47,7 @@ def pissa_start(W: Tensor, r: int, s: float, niter: int | None = None) -> tuple[
     Returns:
         A₀ (r, in) and B₀ (out, r).
 
-    Source: Meng et al. 2024, equations 2 and 3. Built in lesson 16.
+    Source: Meng et al. 2024, section 3. Built in lesson 16.
     """
     if niter is None:
         U, S, Vh = truncated_svd(W, r)

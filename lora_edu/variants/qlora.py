@@ -23,6 +23,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lora_edu.core.adapter import AdapterLayer
 from lora_edu.core.config import LoraConfig, lora_builder
 from lora_edu.core.entrants import Place, register_entrant
 from lora_edu.core.inject import inject
@@ -42,7 +43,24 @@ class FourBitLinear(ABC):  # noqa: B024  # it only recognises classes
         return issubclass(kind, NF4Linear) or ("bitsandbytes", "Linear4bit") in names
 
 
-class QLoRALinear(LoRALinear):
+class OverFourBits:
+    """Put before an adapter's class: around a layer that stores its weight in four bits.
+
+    Attributes:
+        dense_class: what an adapter of this very class becomes once ``dequantize_base`` has made its layer a plain one.
+            A class that does not say it, whatever it derives from, stays what it is, and is right as well.
+    """
+
+    kind: Any = FourBitLinear
+    dense_class: type[AdapterLayer]
+
+    @property
+    def weight(self: Any) -> Tensor:
+        """The frozen weight as numbers, made anew each time it is asked for."""
+        return dense_weight(self.frozen)
+
+
+class QLoRALinear(OverFourBits, LoRALinear):
     """LoRA around a layer that stores its weight in four bits: y = x · dequantize(W)ᵀ + b + s · (dropout(x) Aᵀ) Bᵀ.
 
     The base's own forward and backward pass dequantise; everything else is ``LoRALinear``, files included. It does
@@ -55,12 +73,7 @@ class QLoRALinear(LoRALinear):
     Source: Dettmers et al. 2023, eq. 5. Built in lesson 14.
     """
 
-    kind = FourBitLinear  # type: ignore[assignment]
-
-    @property
-    def weight(self) -> Tensor:
-        """The frozen weight as numbers, made anew each time it is asked for."""
-        return dense_weight(self.frozen)
+    dense_class = LoRALinear
 
 
 def dense_weight(layer: Any) -> Tensor:
@@ -81,8 +94,8 @@ def dense_weight(layer: Any) -> Tensor:
 def dequantize_base(model: nn.Module) -> int:
     """Turn the layers that store four bits into plain ones with the numbers that these stand for, in place.
 
-    A model with adapters keeps them: they are plain LoRA then, and can be merged. What rounding to four bits took
-    away does not come back.
+    A model with adapters keeps them: they stand around plain layers then, and can be merged. What rounding to four
+    bits took away does not come back.
 
     Returns:
         How many layers there were.
@@ -96,8 +109,9 @@ def dequantize_base(model: nn.Module) -> int:
                 if id(layer) not in plain:
                     plain[id(layer)] = plain_layer(layer)
                 setattr(parent, attribute, plain[id(layer)])
-        if type(parent) is QLoRALinear and not isinstance(parent.frozen, FourBitLinear):
-            parent.__class__ = LoRALinear  # type: ignore[assignment]
+        dense_class = vars(type(parent)).get("dense_class")
+        if dense_class is not None and not isinstance(parent.frozen, FourBitLinear):
+            parent.__class__ = dense_class
     for injected in injected_models(model).values():
         for config in adapter_state(injected).configs.values():
             config.targets = {name: plain.get(id(layer), layer) for name, layer in config.targets.items()}

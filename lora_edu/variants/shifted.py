@@ -4,7 +4,8 @@ PiSSA, OLoRA and LoRA-GA begin training with a product s · B₀ A₀ that is no
 of the frozen weight, so that the sum is the pretrained weight again. Here the weight is never changed; the start is
 subtracted beside it, in the same pair of products: W x + s · [B, −B₀] [A; A₀] x. So disabling is exact, several such
 adapters and plain ones can be in one model, and a file is what PEFT's own conversion writes: a plain LoRA of rank 2r
-for the pretrained base.
+for the pretrained base. With dropout, A and A₀ read the same dropped x, so that at the start nothing is lost; in PEFT
+only A does, and what it drops is missing.
 
 A method of this kind is a function ``start(W, r, s) -> (A₀, B₀)`` and one registration::
 
@@ -43,7 +44,7 @@ StartOf = Callable[[str, LoraConfig, InjectionContext], Start]
 class ShiftedLinear(LoRALinear):
     """LoRA that starts at factors A₀ and B₀ of the caller's choice, and at the base: y = W x + b + s · (B A − B₀ A₀) x.
 
-    Only A and B train; A₀ and B₀ are buffers, as large as they are.
+    Only A and B train; A₀ and B₀ are buffers of their sizes.
 
     Args:
         base: the layer to adapt; its weight (out, in) and bias are frozen, and never changed.

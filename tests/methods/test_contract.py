@@ -24,11 +24,17 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from lora_edu import (
     BitFitConfig,
     BottleneckConfig,
+    GoraConfig,
     IA3Config,
+    LoHaConfig,
+    LoKrConfig,
     LoraConfig,
     LoRALinear,
+    LotrConfig,
     PrefixTuningConfig,
     PromptTuningConfig,
+    ShiraConfig,
+    VeraConfig,
     adapter_names,
     count_parameters,
     disable_adapter,
@@ -51,6 +57,7 @@ from lora_edu.lab.training import train
 
 IDS = torch.tensor([[1, 5, 7, 2, 30], [3, 3, 9, 8, 4], [11, 2, 6, 6, 20]])
 BATCHES = [{"input_ids": IDS}, {"input_ids": IDS.flip(1)}]
+LABELLED = [batch | {"labels": batch["input_ids"]} for batch in BATCHES]
 ROWS = [{"input_ids": ids, "labels": ids} for ids in (IDS + torch.arange(4)[:, None, None]).flatten(0, 1).tolist()]
 
 
@@ -122,10 +129,33 @@ METHODS = {
         lambda target_modules=None, **more: PromptTuningConfig(num_virtual_tokens=3, **more), "Prompt",
         mergeable=False, conv1d=True, fused=False, layers=False, at_base=False,
     ),
+    "LoHa": Case(lambda **more: LoHaConfig(**{"r": 3, "alpha": 5, **more}), "LoHaLayer", conv1d=True, fused=False),
+    "LoKr": Case(lambda **more: LoKrConfig(**{"r": 3, "alpha": 5, **more}), "LoKrLayer", conv1d=True, fused=False),
     "PiSSA": Case(
         lambda **more: lora(init_lora_weights="pissa", **more), "ShiftedLinear", conv1d=True, swapped="PiSSA"
     ),
+    "EVA": Case(
+        lambda **more: lora(init_lora_weights="eva", **more), "LoRALinear", conv1d=True, swapped="EVA", batches=BATCHES
+    ),
+    "LoRA-GA": Case(
+        lambda **more: lora(init_lora_weights="lora_ga", **more), "ShiftedLinear",
+        conv1d=True, swapped="LoRA-GA", batches=LABELLED,
+    ),
+    "GoRA": Case(
+        lambda **more: GoraConfig(**{"r": 3, "lora_alpha": 5, **more}), "LoRALinear",
+        conv1d=True, at_base=False, swapped="GoRA", batches=LABELLED,
+    ),
+    "VeRA": Case(lambda **more: VeraConfig(**{"r": 6, **more}), "VeraLayer", conv1d=True),
+    "SHiRA": Case(lambda **more: ShiraConfig(**{"r": 3, **more}), "ShiraLayer", conv1d=True, fused=False),
+    "LoTR": Case(lambda **more: LotrConfig(**{"r": 3, **more}), "LotrLayer", conv1d=True),
     "qlora": Case(lora, "QLoRALinear", mergeable=False, fused=False, four_bits=True),
+    "DoRA": Case(
+        lambda **more: lora(use_dora=True, **more), "DoRALinear", additive=False, conv1d=True, swapped="DoRALinear"
+    ),
+    "qdora": Case(
+        lambda **more: lora(use_dora=True, **more), "QDoRALinear",
+        additive=False, mergeable=False, fused=False, four_bits=True, swapped="QDoRALinear",
+    ),
 }  # fmt: skip
 BASES = ["biases", "no biases", "conv1d", "four bits"]
 TARGETS = {base: ["c_attn", "c_fc"] if base == "conv1d" else ["q_proj", "down_proj"] for base in BASES}
@@ -349,7 +379,7 @@ def test_unloads_without_a_trace_when_another_is_active(name):
     shake(model), shake(model, "other")
     expected = outputs(model)
     if METHODS[name].four_bits:  # nothing merges into such a base
-        with refused(model, METHODS[name].named):
+        with refused(model, "NF4Linear", "dequantize_base"):
             merge_and_unload(model)
         return
     plain = merge_and_unload(model)
@@ -608,7 +638,12 @@ def test_half_precision_keeps_its_dtype_and_moves_as_one(name):
     found = outputs(model)
     assert found.dtype == torch.bfloat16
     expected = outputs(model.float())
-    assert {tensor.dtype for tensor in model.state_dict().values()} <= {torch.float32, torch.bool, torch.uint8}
+    assert {tensor.dtype for tensor in model.state_dict().values()} <= {
+        torch.float32,
+        torch.bool,
+        torch.uint8,
+        torch.int32,
+    }
     assert (found.float() - expected).norm() / expected.norm() < 0.03
 
 
@@ -864,6 +899,22 @@ class ShiftConfig(AdapterConfig):
 
 register("scale with biases", ScaledWithBiases, {nn.Linear: ia3.build})
 register("shift", ShiftConfig, {nn.Linear: lambda base, name, config, context: Shift(base, **context.settings)})
+
+
+def test_a_layer_may_refuse_what_a_file_holds_before_any_of_it_is_read(tmp_path, monkeypatch):
+    def check_file(layer, tensors):
+        if (tensors["v"] > 5).any():
+            raise ValueError("v above 5")
+
+    monkeypatch.setattr(Shift, "check_file", check_file)
+    inject(model := plain_model(), ShiftConfig(target_modules=["q_proj"]))
+    with torch.no_grad():
+        list(adapter_layers(model).values())[-1].v[0] = 6
+    save_adapter(model, tmp_path)
+    inject(other := plain_model(), ShiftConfig(target_modules=["q_proj"]))
+    for read, into in [(load_adapter, plain_model()), (hotswap_adapter, other)]:
+        with refused(into, "layers.1.self_attn.q_proj: v above 5", str(tmp_path)):
+            read(into, tmp_path)
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -115,6 +115,8 @@ def their_parameters(ours, theirs):
             a, b = lora.lora_A["default"].weight, lora.lora_B["default"].weight
         pairs[f"{name}.lora_A"] = layer.lora_A, a
         pairs[f"{name}.lora_B"] = layer.lora_B, b
+        if "default" in lora.lora_magnitude_vector:
+            pairs[f"{name}.m"] = layer.lora_magnitude_vector, lora.lora_magnitude_vector["default"].weight
     for bias in (part for part in adapter_state(ours).parts["default"] if isinstance(part, TrainedBias)):
         module = modules[bias.names[0]]
         pairs[f"{bias.names[0]}.bias"] = bias.trained, getattr(module, "base_layer", module).bias
@@ -132,3 +134,25 @@ def relative_error(value, reference):
     """‖value − reference‖ / ‖reference‖, in float64."""
     value, reference = value.detach().double(), reference.detach().double()
     return (torch.linalg.vector_norm(value - reference) / torch.linalg.vector_norm(reference).clamp_min(1e-300)).item()
+
+
+def step(model, batch, seed=5):
+    """One forward and backward pass; the seed fixes the dropout masks."""
+    torch.manual_seed(seed)
+    batch = batch | {"inputs_embeds": batch["inputs_embeds"].detach().clone().requires_grad_(True)}
+    model.zero_grad()
+    result = model(**batch)
+    result.loss.backward()
+    return result, batch["inputs_embeds"].grad
+
+
+def assert_same_step(ours, theirs, batch, tolerance=1e-9):
+    """Outputs, the gradient of x and every trainable gradient agree."""
+    result, x_grad = step(ours, batch)
+    reference, x_reference = step(theirs, batch)
+    assert relative_error(result.logits, reference.logits) <= tolerance, "logits differ"
+    assert relative_error(x_grad, x_reference) <= tolerance, "the gradient of x differs"
+    for key, (our, their) in their_parameters(ours, theirs).items():
+        # BERT's key bias has no gradient but rounding: softmax does not see it.
+        same = relative_error(our.grad, their.grad) <= tolerance or their.grad.norm() < 1e-12
+        assert same, f"the gradient of {key} differs"

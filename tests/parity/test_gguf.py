@@ -210,6 +210,10 @@ def put(folder, **tensors):
         ({"target_modules": ["v_proj", "lm_head"]}, "LoRA on the output head"),
         ({"target_modules": ["v_proj"], "bias": "lora_only"}, "a trained bias"),
         ({"target_modules": ["v_proj"], "modules_to_save": ["lm_head"]}, r"lm_head\.weight.*from modules_to_save"),
+        (
+            {"target_modules": ["v_proj"], "init_lora_weights": "loftq"},
+            "init_lora_weights='loftq'.*that this start has changed.*merge_and_unload",
+        ),
     ],
 )
 def test_what_an_adapters_file_cannot_hold_is_refused(tmp_path, settings, says):

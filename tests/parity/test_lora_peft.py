@@ -5,7 +5,16 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from shapes import TARGETS, batch_for, losses_of_twenty_steps, pair, relative_error, their_parameters, tiny_model
+from shapes import (
+    TARGETS,
+    assert_same_step,
+    batch_for,
+    losses_of_twenty_steps,
+    pair,
+    relative_error,
+    their_parameters,
+    tiny_model,
+)
 
 from lora_edu import LoraConfig, LoRALinear, count_parameters, disable_adapter, inject, merge, merge_and_unload, unmerge
 from lora_edu.core.adapter import adapter_layers
@@ -29,26 +38,6 @@ FAST = [options | {"fast": True} for options in OPTIONS if not options["lora_dro
 def named(options):
     """A test's name."""
     return "-".join(map(str, options.values()))
-
-
-def step(model, batch, seed=5):
-    """One forward and backward pass; the seed fixes the dropout masks."""
-    torch.manual_seed(seed)
-    batch = batch | {"inputs_embeds": batch["inputs_embeds"].detach().clone().requires_grad_(True)}
-    model.zero_grad()
-    result = model(**batch)
-    result.loss.backward()
-    return result, batch["inputs_embeds"].grad
-
-
-def assert_same_step(ours, theirs, batch, tolerance):
-    """Outputs, the gradient of x and every trainable gradient agree."""
-    result, x_grad = step(ours, batch)
-    reference, x_reference = step(theirs, batch)
-    assert relative_error(result.logits, reference.logits) <= tolerance, "logits differ"
-    assert relative_error(x_grad, x_reference) <= tolerance, "the gradient of x differs"
-    for key, (our, their) in their_parameters(ours, theirs).items():
-        assert relative_error(our.grad, their.grad) <= tolerance, f"the gradient of {key} differs"
 
 
 @pytest.mark.parametrize("shape", SHAPES)

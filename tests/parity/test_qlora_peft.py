@@ -8,6 +8,7 @@ import pytest
 import torch
 from shapes import (
     TARGETS,
+    assert_same_step,
     batch_for,
     losses_of_twenty_steps,
     moved,
@@ -60,23 +61,6 @@ def four_bit_pair(shape, dtype=torch.float64, **options):
     assert all(type(layer) is QLoRALinear for layer in adapter_layers(ours).values())
     take_values(ours.train(), theirs)
     return ours, theirs
-
-
-def assert_same_step(ours, theirs, batch, tolerance=1e-9):
-    """Logits and every gradient, that of x included, agree."""
-    results = []
-    for model in (ours, theirs):
-        torch.manual_seed(5)  # fixes the dropout masks
-        x = batch["inputs_embeds"].detach().clone().requires_grad_(True)
-        model.zero_grad()
-        result = model(**batch | {"inputs_embeds": x})
-        result.loss.backward()
-        results += [(result.logits, x.grad)]
-    for our, their in zip(*results, strict=True):
-        assert relative_error(our, their) <= tolerance
-    for key, (our, their) in their_parameters(ours, theirs).items():
-        # BERT's key bias has no gradient but rounding: softmax does not see it.
-        assert relative_error(our.grad, their.grad) <= tolerance or their.grad.norm() < 1e-12, key
 
 
 @pytest.mark.parametrize("shape", SHAPES)

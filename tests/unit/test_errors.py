@@ -106,7 +106,10 @@ def test_settings_that_make_no_sense(options, error, message):
             {"target_modules": ["q_proj"], "init_lora_weights": "sunshine"},
             "init_lora_weights='sunshine': no method here serves it",
         ),
-        ({"target_modules": ["q_proj"], "use_dora": True}, "use_dora=True: no method here serves it; known are LoRA"),
+        (
+            {"target_modules": ["q_proj"], "r": 2, "use_dora": True, "init_lora_weights": "pissa"},
+            "init_lora_weights='pissa' with use_dora=True: .* 'gaussian'; take one of these",
+        ),
     ],
     ids=str,
 )
@@ -295,7 +298,7 @@ BAD_FILES = {
     "copied layers": (lambda f: change_config(f, layer_replication=[[0, 1]]), ValueError, "layer_replication"),
     "trained tokens": (lambda f: change_config(f, trainable_token_indices=[1]), ValueError, "trainable_token_indices"),
     "a field from the future": (lambda f: change_config(f, use_telepathy=True), ValueError, "use_telepathy"),
-    "DoRA": (lambda f: change_config(f, use_dora=True), ValueError, "use_dora=True: no method here serves it"),
+    "no DoRA": (lambda f: change_config(f, use_dora=True), ValueError, "2 of 6 tensors .*q_proj.lora_magnitude_vector"),
     "a start from the future": (lambda f: change_config(f, init_lora_weights="stars"), ValueError, "no method"),
     "an unconverted PiSSA": (
         lambda f: change_config(f, init_lora_weights="pissa"),
@@ -313,12 +316,12 @@ def test_files_that_do_not_fit(case, saved, model, unchanged):
         load_adapter(model, saved)
 
 
-def test_a_dora_file_is_refused_by_the_one_field_that_matters(saved, model):
-    change_config(saved, use_dora=True)
-    with pytest.raises(ValueError, match="use_dora=True") as refused:
+def test_a_file_of_an_unknown_start_is_refused_by_the_one_field_that_matters(saved, model):
+    change_config(saved, init_lora_weights="corda")
+    with pytest.raises(ValueError, match="init_lora_weights='corda'") as refused:
         load_adapter(model, saved)
     fields = json.loads((saved / CONFIG_FILE).read_text())
-    assert [name for name in fields if re.search(rf"\b{name}\b", str(refused.value))] == ["use_dora"]
+    assert [name for name in fields if re.search(rf"\b{name}\b", str(refused.value))] == ["init_lora_weights"]
 
 
 def test_a_module_may_be_called_like_pefts_default_adapter(tmp_path):

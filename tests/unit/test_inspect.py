@@ -169,7 +169,7 @@ def test_dora(made, parts):
     every = {k.replace("lora_A.weight", "lora_magnitude_vector"): torch.ones(t.shape[0]) for k, t in parts[1].items()}
     whole = {k: t for k, t in every.items() if "magnitude" in k} | parts[1]
     report = inspect_adapter(made({"use_dora": True}, whole))
-    assert "use_dora=True" in found(report, "note", "unsupported").sentence
+    assert "method DoRA" in found(report, "ok", "kind").sentence
     assert not report.wrong
     assert (
         "20 modules have no magnitudes"
@@ -225,6 +225,7 @@ def test_a_setting_that_lora_edu_lacks_is_a_note(made):
 METHODS = {
     "IA3": lambda: peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]),
     "LOHA": lambda: peft.LoHaConfig(r=4, target_modules=["q_proj"]),
+    "LOKR": lambda: peft.LoKrConfig(r=4, target_modules=["q_proj"]),
     "VERA": lambda: peft.VeraConfig(target_modules=["q_proj", "v_proj"]),
     "ADALORA": lambda: peft.AdaLoraConfig(total_step=10, target_modules=["q_proj"]),
     "LORA": lambda: peft.LoraConfig(trainable_token_indices=[1], init_lora_weights=False, target_modules=["q_proj"]),
@@ -375,7 +376,7 @@ def test_targets_that_the_file_does_not_have(made):
         ({"r": 16, "lora_alpha": 8}, "note", "alpha-left"),
         ({"init_lora_weights": "pissa"}, "note", "shifted-start"),
         ({"base_model_name_or_path": None}, "note", "no-base-name"),
-        ({"peft_type": "LOHA"}, "note", "kind"),
+        ({"peft_type": "BOFT"}, "note", "kind"),
     ],
 )
 def test_configs(made, fields, level, code):

@@ -370,5 +370,21 @@ def test_work_is_never_overwritten(tmp_path):
     assert work.refresh(mine, lessons) == ([], [])
 
 
+def test_links_to_the_claims_lead_to_a_page_in_the_learners_folder(tmp_path):
+    lessons, mine, pages = tmp_path / "lessons", tmp_path / "work", tmp_path / "book"
+    said = "[000-35](../book/claims.md#000-35), [cards](../book/methods.md), [map](../book/map.md)"
+    write(normalise(book(new_markdown_cell(said))), lessons / "01_a.ipynb")
+    write(normalise(book(new_markdown_cell("[x](../../book/claims.md)"))), lessons / "exercises" / "01_a.ipynb")
+    pages.mkdir()
+    (pages / "claims.md").write_text("- Lessons: [01](../lessons/01_a.ipynb)", encoding="utf-8")
+    assert work.refresh(mine, lessons, pages) == (["01_a.ipynb", "exercises/01_a.ipynb"], [])
+    assert read(mine / "01_a.ipynb").cells[0].source == (
+        "[000-35](book/claims.md#000-35), [cards](book/methods.md), [map](../book/map.md)"
+    )
+    assert read(mine / "exercises" / "01_a.ipynb").cells[0].source == "[x](../book/claims.md)"
+    assert (mine / "book" / "claims.md").read_text(encoding="utf-8") == "- Lessons: [01](../01_a.ipynb)"
+    assert work.refresh(mine, lessons, pages) == ([], [])
+
+
 def test_root_is_the_repository():
     assert (notebooks.ROOT / "lora_edu" / "course").is_dir()

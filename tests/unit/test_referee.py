@@ -16,8 +16,9 @@ from torch import nn
 
 from lora_edu.core import entrants
 from lora_edu.core.entrants import PARAGRAPHS, Place, register_entrant, registered_entrants
-from lora_edu.core.inject import count_parameters
+from lora_edu.core.inject import count_parameters, inject
 from lora_edu.course.publish import methods
+from lora_edu.files import data_path
 from lora_edu.lab.datasets import collate
 from lora_edu.lab.recording import pool, referee, shared_card, trials
 from lora_edu.lab.recording.records import Spread
@@ -173,9 +174,27 @@ def test_a_classifier_whose_head_does_not_train_is_refused():
 def test_a_start_that_needs_data_gets_batches(monkeypatch):
     seen = []
     monkeypatch.setattr("lora_edu.lab.recording.trials.inject", lambda model, config, batches: seen.extend(batches))
-    prepared(dataclasses.replace(SMALL, batches=(2,)), entrant_called("lora-r2"), 0)
-    assert [batch["input_ids"].shape[0] for batch in seen] == [2, 2, 2, 2]
+    prepared(dataclasses.replace(SMALL, batches=(2,)), entrant_called("lora-r2"), 0, start_batches=3)
+    assert [batch["input_ids"].shape[0] for batch in seen] == [2, 2, 2]
     assert all(batch.keys() == {"input_ids", "attention_mask", "labels"} for batch in seen)
+
+
+@pytest.mark.parametrize("name", ["eva-r8", "lora-ga-r8", "gora-r8"])
+def test_what_starts_from_data_is_trained_on_the_plans_number_of_batches(name, monkeypatch):
+    """A real run; the start sees the first batches of the training rows, of the smallest size that is tuned over."""
+    seen = []
+
+    def spy(model, config, batches):
+        seen.extend(batches)
+        return inject(model, config, batches=iter(seen))
+
+    monkeypatch.setattr("lora_edu.lab.recording.trials.inject", spy)
+    plan = dataclasses.replace(FEW, tasks={"small": dataclasses.replace(SMALL, batches=(4,))}, start_batches=1)
+    job = {"stage": "seed", "method": name, "task": "small", "rate": 1e-3, "batch": 4, "seed": 0}
+    found = trial(plan, job)
+    assert [batch["input_ids"].shape[0] for batch in seen] == [4]
+    assert found["validation"] > 0
+    assert found["trainable"] > 0
 
 
 def test_an_entrant_may_bring_its_optimizer():
@@ -311,6 +330,19 @@ def test_a_further_task_and_further_rates_leave_what_is_recorded(tmp_path):
     assert referee.read(out, more)["runs"] == [run]
 
 
+def test_a_record_from_before_there_were_starts_from_data_is_read_on(tmp_path):
+    """It does not say on how many batches: none of its runs depends on it. One that does say so is held to it."""
+    referee.read(data_path("runs", "referee.json"))
+    out = tmp_path / "referee.json"
+    record = referee.read(out, FEW)
+    pool.write(out, record)
+    with pytest.raises(ValueError, match=r"recorded with other settings.*'start_batches': 8"):
+        referee.read(out, dataclasses.replace(FEW, start_batches=2))
+    del record["settings"]["start_batches"]
+    pool.write(out, record)
+    assert referee.read(out, FEW)["settings"]["start_batches"] == 8
+
+
 @pytest.mark.errors
 @pytest.mark.parametrize(
     ("options", "says"),
@@ -374,6 +406,26 @@ def test_a_rate_at_the_edge_has_a_star_and_a_classifier_percent():
     small = dataclasses.replace(SMALL, classes=2)
     rates = dataclasses.replace(entrant_called("lora-r2"), rates=entrant_called("lora-r2").rates_for("tiny"))
     assert standing(Plan(tasks={"small": small}, seeds=(0, 1)), record, rates, "small").score.mean == 0.75
+
+
+def test_the_page_says_once_what_its_results_are_and_where_they_come_from():
+    """As two pieces on one machine, which differ in their commit alone."""
+    machine = {"hardware": "a card", "precision": "float32", "versions": {"torch": "2.11"}, "date": "2026-11-27"}
+    record = {"command": "python x", "machines": [machine | {"commit": "a"}, machine | {"commit": "b"}], "runs": []}
+    page = methods.methods_page(record, Plan(tasks={"small": SMALL}))
+    assert "Recorded by `python x`: a card, float32, torch 2.11, 2026-11-27.\n" in page
+    assert page.count("how it compares") == 1
+    assert "lora-r8's own ratio is that of one copy of it against another" in page
+
+
+@pytest.mark.parametrize(
+    ("minutes", "says", "not_said"),
+    [(0.0, "(9 recorded), complete; needs", "rest"), (0.5, "about 1 min for the rest", "complete")],
+)
+def test_the_list_of_runs_says_what_is_left(monkeypatch, minutes, says, not_said):
+    monkeypatch.setattr(referee, "cost", lambda plan: referee.Cost(2, 9, 9, minutes))
+    assert says in referee.line()
+    assert not_said not in referee.line()
 
 
 def test_the_page_is_written_only_if_it_changes(tmp_path):

@@ -7,7 +7,7 @@ import yaml
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lora_edu import LoraConfig, disable_adapter, inject, load_adapter, load_base, save_adapter
+from lora_edu import LoHaConfig, LoraConfig, disable_adapter, inject, load_adapter, load_base, save_adapter
 from lora_edu.core.adapter import adapter_layers
 from lora_edu.files import data_path
 from lora_edu.lab.training import generate
@@ -72,6 +72,14 @@ def test_a_card_says_what_the_files_and_the_records_say():
 
 def test_the_scale_is_the_one_that_acts(folder):
     assert "| scale of B·A as it acts | 4 |" in model_card(folder)  # 8 / √4
+
+
+def test_a_method_without_factors_has_a_card_without_their_scale(tmp_path):
+    model, _ = load_base("tiny")
+    inject(model, LoHaConfig(r=4, target_modules=["q_proj"]))
+    card = model_card(save_adapter(model, tmp_path / "loha"))
+    assert "| alpha | 8 |" in card
+    assert "as it acts" not in card
 
 
 def test_a_path_of_this_machine_is_not_published(folder):

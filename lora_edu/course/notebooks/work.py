@@ -3,7 +3,10 @@
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
+
+from nbformat import NotebookNode
 
 from lora_edu.course.notebooks.stored import (
     BUILD,
@@ -24,11 +27,15 @@ from lora_edu.files import ROOT, write_atomically
 WORK = ROOT / "work"
 LAB = BUILD / "lab"
 TEACHERS = ("@jupyter/nbgrader", "@jupyter-notebook/lab-extension")  # menus and buttons that come with nbgrader
+BOOK = ROOT / "book"
+PAGES = ("claims.md", "methods.md")  # other pages have blanks that are filled when the book is built
 COPIES = ".copies.json"  # what was copied, by checksum: a file that still has it was not touched by the learner
 
 
-def refresh(work: Path = WORK, lessons: Path = LESSONS) -> tuple[list[str], list[str]]:
+def refresh(work: Path = WORK, lessons: Path = LESSONS, book: Path = BOOK) -> tuple[list[str], list[str]]:
     """Copy what is new, update what the learner has not touched, leave everything else.
+
+    The pages of the book that lessons link to most lie beside the copies: JupyterLab opens nothing outside ``work``.
 
     Returns:
         the names written, and the names left alone although the course has a newer version.
@@ -48,6 +55,9 @@ def refresh(work: Path = WORK, lessons: Path = LESSONS) -> tuple[list[str], list
             written.append(name)
         known[name] = _sum(fresh)
     _remember(work, known)
+    for page in filter(Path.exists, (book / name for name in PAGES)):
+        text = page.read_text(encoding="utf-8").replace("](../lessons/", "](../")
+        write_atomically(work / "book" / page.name, text.encode())
     return written, left
 
 
@@ -94,12 +104,22 @@ def lab_settings() -> dict[str, str]:
     return {"JUPYTER_CONFIG_PATH": os.pathsep.join([str(LAB), *others])}
 
 
+def _learners(source: Path) -> NotebookNode:
+    """The copy, with links to the book's pages that lead into ``work``."""
+    notebook = learners_copy(read(source))
+    links = re.compile(rf"\]\(\.\./((?:\.\./)*book/(?:{'|'.join(map(re.escape, PAGES))})[)#])")
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = links.sub(r"](\1", cell.source)
+    return normalise(notebook)
+
+
 def _fresh(source: Path) -> str:
-    return dumps(normalise(learners_copy(read(source))))
+    return dumps(_learners(source))
 
 
 def _copy(source: Path, target: Path) -> None:
-    write(normalise(learners_copy(read(source))), target)
+    write(_learners(source), target)
 
 
 def _free_name(target: Path) -> Path:

@@ -26,13 +26,18 @@ batch size are tuned on the validation split with one seed; then {{seeds}} other
 tables show their results on the test split: mean ± standard deviation. All runs of a task see the same number of rows.
 Rates fall linearly after a short warm-up.
 
-*Against {REFERENCE}* compares two means: a difference that is not larger than the larger of the two standard deviations
-is **not evidence**. A rate with a star is the lowest or the highest that was tried, so that a better one may lie
-outside. *Plain loss* is the loss on a hundred plain definitions after training: how much is forgotten of what the base
-could do. *Step* is the time of a training step as a ratio to {REFERENCE}'s, measured in turns by one process alone;
-*memory* is the peak of such a step on the GPU. These are small models and short runs: the order of methods may be
-another on yours.
+*Against {REFERENCE}* compares two means: a difference that is not larger than the larger of the two standard
+deviations is **not evidence**. A rate with a star is the lowest or the highest that was tried, so that a better one
+may lie outside. *Plain loss* is the loss on a hundred plain definitions after training: how much is forgotten of what
+the base could do. *Step* is the time of a training step as a ratio to {REFERENCE}'s, the median of {{rounds}} pairs
+that one process alone measures in turns. {REFERENCE}'s own ratio is that of one copy of it against another, and not
+exactly 1 because the time of a step varies from one to the next. *Memory* is the peak of a step on the GPU. These are
+small models and short runs: the order of methods may be another on yours.
 """
+OWN_RESULTS = f"""
+Each card ends with the method's results from the tables above: test loss or accuracy, and in brackets how it compares
+with {REFERENCE}.
+""".strip()
 
 
 def methods_page(record: dict[str, Any], plan: Plan = PLAN) -> str:
@@ -44,7 +49,7 @@ def methods_page(record: dict[str, Any], plan: Plan = PLAN) -> str:
     """
     entrants = registered_entrants()
     text = ["<!-- Written by lora-edu lessons methods from the record and the methods' cards; do not edit it here. -->"]
-    text += ["", "# Methods", ABOUT.format(seeds=len(plan.seeds)).rstrip(), ""]
+    text += ["", "# Methods", ABOUT.format(seeds=len(plan.seeds), rounds=plan.rounds).rstrip(), ""]
     text += [f"Recorded by `{record['command']}`: {described(record) or NOT_YET}."]
     text += ["", "## Results"]
     found: dict[str, Standings] = {}
@@ -53,7 +58,7 @@ def methods_page(record: dict[str, Any], plan: Plan = PLAN) -> str:
         found[name] = {entrant.name: standing(plan, record, entrant, name) for entrant in here}
         base = lines(record, stage="base", task=name)
         text += ["", f"### {task.title or name}", "", *_table(task, here, found[name], base)]
-    text += ["", "## Cards"]
+    text += ["", "## Cards", "", OWN_RESULTS]
     for method in dict.fromkeys(entrant.method for entrant in entrants):
         own = [entrant for entrant in entrants if entrant.method == method]
         text += ["", *_card(method, own, found, plan)]
@@ -112,8 +117,7 @@ def _card(method: str, entrants: list[Entrant], found: dict[str, Standings], pla
     yield from [f"### {method}", "", card["Idea"], "", f"`{card['Formula']}`", ""]
     for word in ("Cost", "Merging", "Papers"):
         yield from [f"**{word}.** {card[word][0].upper()}{card[word][1:]}", ""]
-    yield f"**Our result**, test loss or accuracy and how it compares with {REFERENCE}:"
-    yield ""
+    yield from ["**Our result**", ""]
     for entrant in entrants:
         results = []
         for name, task in plan.tasks.items():

@@ -112,12 +112,12 @@ def by(record: dict[str, Any], *names: str, metric: str = "test", **settings: An
 
 
 def described(record: dict[str, Any]) -> str:
-    """Where and when a record was made, in one line for a caption."""
+    """Where and when a record was made, in one line for a caption; pieces that differ in no more are named once."""
     machines = [
         f"{_several(each)}{each['hardware']}, {each['precision']}, torch {each['versions']['torch']}, {each['date']}"
         for each in record["machines"]
     ]
-    return "; ".join(machines)
+    return "; ".join(dict.fromkeys(machines))
 
 
 def _several(machine: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ command does what is missing.
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -154,7 +155,8 @@ def read(path: Path, plan: Plan = PLAN) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         record |= {"machines": found["machines"], "runs": found["runs"]}
-        then = found["settings"]
+        # A record from before some method started from data does not say on how many batches: none of it depends on it.
+        then = {"start_batches": plan.start_batches} | found["settings"]
         tasks = then.pop("tasks")
         strange = [job for line in found["runs"] if not _is_job(job := line["job"], plan)]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -211,10 +213,10 @@ def cost(methods: Sequence[str] | None = None, path: Path | None = None, plan: P
 def line(plan: Plan = PLAN) -> str:
     """What the comparison is, how much of it is recorded, and what it needs, in one line."""
     found = cost(plan=plan)
+    rest = f"about {math.ceil(found.minutes)} min for the rest on one H100" if found.minutes else "complete"
     return (
         f"lessons 14 to 18: {found.entrants} settings of methods, tuned and compared; {found.runs} runs "
-        f"({found.recorded} recorded), about {found.minutes:.0f} minutes for the rest on one H100; needs a GPU, the "
-        "bases smollm2-135m and minilm"
+        f"({found.recorded} recorded), {rest}; needs a GPU, the bases smollm2-135m and minilm"
     )
 
 

@@ -86,6 +86,8 @@ class Plan:
         seeds: of the runs that are compared, at the tuned rate and batch.
         tuning_seed: of the runs that tune, none of the others: else the luckiest of them would be chosen and counted.
         rounds: how often a step is timed.
+        start_batches: how many of the first training batches, of the task's smallest size and in the rows' order, a
+            method gets that computes its start from data; it trains on all rows afterwards, like the others.
     """
 
     tasks: Mapping[str, Task] = field(default_factory=lambda: TASKS)
@@ -94,6 +96,7 @@ class Plan:
     rounds: int = 30
     warmup: float = 0.05
     schedule: str = "linear"
+    start_batches: int = 8
 
     def settings(self) -> dict[str, Any]:
         """As it stands in the record: all that a result may depend on."""

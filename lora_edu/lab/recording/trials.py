@@ -23,11 +23,10 @@ from lora_edu.lab.datasets import collate
 from lora_edu.lab.distributed import process_state
 from lora_edu.lab.hooks import Hooks
 from lora_edu.lab.recording import baselines  # noqa: F401  (they register)
-from lora_edu.lab.recording.tasks import Plan, Task, loaded
+from lora_edu.lab.recording.tasks import PLAN, Plan, Task, loaded
 from lora_edu.lab.training import accuracy, evaluate, set_seed, train
 
 REFERENCE = "lora-r8"  # the entrant whose step is the unit of time
-PREPARING_BATCHES = 4  # for methods whose start is computed from data
 
 
 def trial(plan: Plan, job: dict[str, Any]) -> dict[str, Any]:
@@ -48,7 +47,7 @@ def trial(plan: Plan, job: dict[str, Any]) -> dict[str, Any]:
         return results(copy.deepcopy(base).to(process_state().device), splits, ("validation", "test", "plain"))
     start = time.perf_counter()
     entrant = entrant_called(job["method"])
-    model, splits = prepared(task, entrant, job["seed"])
+    model, splits = prepared(task, entrant, job["seed"], plan.start_batches)
     steps = task.steps(job["batch"])
     train(
         model,
@@ -79,8 +78,12 @@ def entrant_called(name: str) -> Entrant:
     return known[name]
 
 
-def prepared(task: Task, entrant: Entrant, seed: int) -> tuple[nn.Module, dict[str, list]]:
+def prepared(
+    task: Task, entrant: Entrant, seed: int, start_batches: int = PLAN.start_batches
+) -> tuple[nn.Module, dict[str, list]]:
     """A fresh model, on this process's GPU if there is one, with what the entrant trains made trainable; the data.
+
+    A method whose start is computed from data gets so many of the first training batches.
 
     Raises:
         ValueError: if the task is to classify and the new head is not among it.
@@ -93,7 +96,7 @@ def prepared(task: Task, entrant: Entrant, seed: int) -> tuple[nn.Module, dict[s
         entrant.unfreeze(model.requires_grad_(False), task.place)
     elif entrant.config:
         config = dataclasses.replace(entrant.config(task.place), task_type=task.place.task_type)
-        inject(model, config, batches=_batches(model, splits["train"], task))
+        inject(model, config, batches=_batches(model, splits["train"], task, start_batches))
     heads = TASK_HEADS.get(task.place.task_type, ())
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     if heads and not any(part in heads for name in trained for part in name.split(".")):
@@ -151,7 +154,7 @@ class _Steps:
 
     def __init__(self, task: Task, entrant: Entrant):
         self.model, splits = prepared(task, entrant, seed=0)
-        self.batch = next(_batches(self.model, splits["train"], task))
+        self.batch = next(_batches(self.model, splits["train"], task, 1))
         self.trained = [each for each in self.model.parameters() if each.requires_grad]
         self.optimizer = (
             entrant.optimizer(self.model, 1e-4) if entrant.optimizer else torch.optim.AdamW(self.trained, lr=1e-4)
@@ -170,10 +173,10 @@ class _Steps:
             torch.cuda.synchronize()
 
 
-def _batches(model: nn.Module, rows: list, task: Task) -> Iterator[dict[str, Tensor]]:
-    """The first few batches of the training rows, in their order, on the model's device."""
+def _batches(model: nn.Module, rows: list, task: Task, number: int) -> Iterator[dict[str, Tensor]]:
+    """The first batches of the training rows, in their order, on the model's device; fewer if there are fewer rows."""
     device = next(model.parameters()).device
-    for start in range(0, PREPARING_BATCHES * task.batches[0], task.batches[0]):
+    for start in range(0, number * task.batches[0], task.batches[0]):
         if part := rows[start : start + task.batches[0]]:
             batch = collate(part, max(0, getattr(model.config, "pad_token_id", None) or 0))
             yield {name: tensor.to(device) for name, tensor in batch.items()}

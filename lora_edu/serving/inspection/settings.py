@@ -60,7 +60,7 @@ def peft_settings(adapter: Adapter) -> Iterator[Finding]:
         yield Finding("wrong", "config", f"adapter_config.json: {error}.", "08", "Write the field as PEFT has it.")
         return
     adapter.config = config
-    if hasattr(config, "alpha_of"):
+    if hasattr(config, "use_rslora"):
         for name, factors in adapter.modules.items():
             factors.scale = scale_of(config.alpha_of(name), config.rank_of(name), config.use_rslora)
     try:
@@ -73,7 +73,7 @@ def peft_settings(adapter: Adapter) -> Iterator[Finding]:
         yield Finding(
             "note", "no-base-name", "The config does not name its base.", "08", "Write it into the model card."
         )
-    if hasattr(config, "alpha_of"):
+    if hasattr(config, "use_rslora"):
         yield from start_and_alpha(config)
 
 
@@ -95,7 +95,8 @@ def start_and_alpha(config: Any) -> Iterator[Finding]:
             "note", "shifted-start",
             f"init_lora_weights={start!r}: this start changes the base's weights, so that the file fits only a base "
             "that is changed in the same way.", "08",
-            "Save with path_initial_model_for_weight_conversion, which writes plain LoRA for the untouched base.",
+            "From PEFT, save PiSSA and its like with path_initial_model_for_weight_conversion, which writes plain LoRA "
+            "for the untouched base. LoftQ's base is made again from the one in full precision.",
         )  # fmt: skip
     alpha, default = config.lora_alpha, type(config)
     if alpha == default.lora_alpha and config.r > default.r:
@@ -163,7 +164,7 @@ def scales(adapter: Adapter) -> Iterator[Finding]:
         rule = "mlx-lm's scale, which does not depend on the rank (its default is 20)"
     elif adapter.format != PEFT:
         rule = "alpha / r of each module, and 1 where the file has no alpha"
-    elif hasattr(config, "alpha_of"):
+    elif hasattr(config, "use_rslora"):
         alpha = "lora_alpha" if config.alpha_pattern else f"{config.lora_alpha:g}"
         rank = "r" if config.rank_pattern else f"{config.r}"
         rule = (
