@@ -1,7 +1,7 @@
 """One training run, described by a few settings and answered with its losses: what the recorded sweeps are made of.
 
 A job is a plain dictionary, so that it can be written to a file beside its result. What it does not name is as in
-``DEFAULTS``. Lessons 07 and 10 show the results; ``lora_edu/lab/recording/sweeps.py`` lists the jobs.
+``DEFAULTS``. Lessons 06, 07, 10 and 16 show the results; ``lora_edu/lab/recording/sweeps.py`` lists the jobs.
 """
 
 import copy

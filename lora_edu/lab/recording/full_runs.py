@@ -1,4 +1,4 @@
-"""The recorded sweeps of lessons 07 and 10, by name, in pieces that resume. A GPU is not required, but wanted.
+"""The recorded sweeps of lessons 06, 07, 10 and 16, by name, in pieces that resume. A GPU is not required, but wanted.
 
     lora-edu full-run                                            # what there is, and what it costs
     lora-edu full-run smollm2_finetuning --processes 6 --minutes 9

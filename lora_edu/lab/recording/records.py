@@ -1,7 +1,7 @@
 """The recorded runs in ``data/runs/``: pick them by their settings, average over seeds, say where they ran, write them.
 
 The sweeps are made by ``full_runs.py`` and ``referee.py``, and each of their runs names one of the ``surroundings``; a
-benchmark's record says its ``provenance`` once. Lessons 06, 07 and 10 read them.
+benchmark's record says its ``provenance`` once. Lessons 06, 07, 10 and 16 read them.
 """
 
 import json
