@@ -66,8 +66,11 @@ def check(record):
             assert line["losses"]["ours"] == pytest.approx(line["losses"]["peft"], rel=1e-4)
             assert line["losses"]["fast"] == pytest.approx(line["losses"]["peft"], rel=1e-3)
             assert line["losses"]["ours"][-1] < line["losses"]["ours"][0]
-        assert line["operations"]["ours"] == line["operations"]["peft"]
-        assert line["operations"]["fast"]["numbers"] < line["operations"]["ours"]["numbers"]
+        if line.get("use_dora"):  # by other operations than PEFT's
+            assert line["operations"]["ours"]["numbers"] < line["operations"]["peft"]["numbers"]
+        else:
+            assert line["operations"]["ours"] == line["operations"]["peft"]
+            assert line["operations"]["fast"]["numbers"] < line["operations"]["ours"]["numbers"]
         assert all(0 < size["before"] < size["peak"] for size in line["peak_memory"].values())
 
 
@@ -95,6 +98,18 @@ def test_peft_speed_runs_small(peft_speed, tmp_path, monkeypatch):
     refused = peft_speed("--quick", "--only", "bert", "--rounds", "3", "--out", str(out))
     assert refused.exit_code == 2
     assert "other versions or settings" in refused.stderr.replace("\n", " ").replace("│", "")
+
+
+def test_dora_runs_small_beside_lora(peft_speed, tmp_path):
+    out = tmp_path / "dora.json"
+    done = peft_speed("--dora", "--quick", "--rounds", "2", "--out", str(out))
+    assert done.exit_code == 0, done.output
+    record = json.loads(out.read_text())
+    check(record)
+    (line,) = record["comparisons"]
+    assert list(line["seconds"]) == ["lora", "ours", "peft", "fast"]
+    assert line["trainable"]["ours"] - line["trainable"]["lora"] == 2 * (5 * 48 + 96) + 48  # a length for each output
+    assert "fast / lora" in done.stdout
 
 
 def test_different_work_is_refused(peft_speed):
