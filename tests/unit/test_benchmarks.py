@@ -543,6 +543,18 @@ def test_the_recorded_speeds_hold_together():
     assert hashlib.sha256(RECORD.read_bytes()).hexdigest() in re.findall(r"[0-9a-f]{64}", readme)
 
 
+def test_the_recorded_dora_holds_together():
+    path = data_path("runs", "dora_speed.json")
+    record = json.loads(path.read_text(encoding="utf-8"))
+    check(record)
+    assert record["rounds"] >= 20
+    (line,) = record["comparisons"]
+    assert (line["shape"], line["adapted"], line["lora_dropout"], line["use_dora"]) == ("bert", "all-linear", 0.0, True)
+    assert line["targets"] == {"ours / peft": 0.80, "fast / peft": 0.70}
+    assert all(line["ratios"][name]["median"] <= limit for name, limit in line["targets"].items())
+    assert hashlib.sha256(path.read_bytes()).hexdigest() in data_path("README.md").read_text(encoding="utf-8")
+
+
 def test_the_recorded_ways_hold_together():
     """What the file concludes follows from its timed steps."""
     path = data_path("runs", "speed_7b.json")
