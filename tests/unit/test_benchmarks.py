@@ -66,8 +66,11 @@ def check(record):
             assert line["losses"]["ours"] == pytest.approx(line["losses"]["peft"], rel=1e-4)
             assert line["losses"]["fast"] == pytest.approx(line["losses"]["peft"], rel=1e-3)
             assert line["losses"]["ours"][-1] < line["losses"]["ours"][0]
-        assert line["operations"]["ours"] == line["operations"]["peft"]
-        assert line["operations"]["fast"]["numbers"] < line["operations"]["ours"]["numbers"]
+        if line.get("use_dora"):  # by other operations than PEFT's
+            assert line["operations"]["ours"]["numbers"] < line["operations"]["peft"]["numbers"]
+        else:
+            assert line["operations"]["ours"] == line["operations"]["peft"]
+            assert line["operations"]["fast"]["numbers"] < line["operations"]["ours"]["numbers"]
         assert all(0 < size["before"] < size["peak"] for size in line["peak_memory"].values())
 
 
@@ -95,6 +98,18 @@ def test_peft_speed_runs_small(peft_speed, tmp_path, monkeypatch):
     refused = peft_speed("--quick", "--only", "bert", "--rounds", "3", "--out", str(out))
     assert refused.exit_code == 2
     assert "other versions or settings" in refused.stderr.replace("\n", " ").replace("│", "")
+
+
+def test_dora_runs_small_beside_lora(peft_speed, tmp_path):
+    out = tmp_path / "dora.json"
+    done = peft_speed("--dora", "--quick", "--rounds", "2", "--out", str(out))
+    assert done.exit_code == 0, done.output
+    record = json.loads(out.read_text())
+    check(record)
+    (line,) = record["comparisons"]
+    assert list(line["seconds"]) == ["lora", "ours", "peft", "fast"]
+    assert line["trainable"]["ours"] - line["trainable"]["lora"] == 2 * (5 * 48 + 96) + 48  # a length for each output
+    assert "fast / lora" in done.stdout
 
 
 def test_different_work_is_refused(peft_speed):
@@ -526,6 +541,18 @@ def test_the_recorded_speeds_hold_together():
     )
     readme = data_path("README.md").read_text(encoding="utf-8")
     assert hashlib.sha256(RECORD.read_bytes()).hexdigest() in re.findall(r"[0-9a-f]{64}", readme)
+
+
+def test_the_recorded_dora_holds_together():
+    path = data_path("runs", "dora_speed.json")
+    record = json.loads(path.read_text(encoding="utf-8"))
+    check(record)
+    assert record["rounds"] >= 20
+    (line,) = record["comparisons"]
+    assert (line["shape"], line["adapted"], line["lora_dropout"], line["use_dora"]) == ("bert", "all-linear", 0.0, True)
+    assert line["targets"] == {"ours / peft": 0.80, "fast / peft": 0.70}
+    assert all(line["ratios"][name]["median"] <= limit for name, limit in line["targets"].items())
+    assert hashlib.sha256(path.read_bytes()).hexdigest() in data_path("README.md").read_text(encoding="utf-8")
 
 
 def test_the_recorded_ways_hold_together():
