@@ -47,7 +47,7 @@ class _Sums:
         self.total = self.products = torch.zeros((), dtype=torch.float64)
 
     def add(self, x: Tensor) -> None:
-        x = x.to("cuda" if x.is_cuda else "cpu", torch.float64)  # some accelerators have no float64
+        x = x.to(x.device if x.is_cuda else "cpu", torch.float64)  # some accelerators have no float64
         self.rows += len(x)
         self.total = self.total.to(x.device) + x.sum(0)
         self.products = self.products.to(x.device) + x.T @ x
@@ -83,15 +83,15 @@ def input_moments(
                     sums[first].add(rows_that_count(x, positions))
             bar.update()
         for first in firsts:
-            sum_ = sums.pop(first)
-            if not sum_.rows:
+            found = sums.pop(first)
+            if not found.rows:
                 raise ValueError(
                     f"layer {first!r} read no position that counts: in these batches every label is {ignored_label} "
                     "or padding; pass others, or use_label_mask=False"
                 )
-            if not torch.isfinite(sum_.products).all():
+            if not torch.isfinite(found.products).all():
                 raise ValueError(f"layer {first!r} reads numbers that are infinite or NaN: look for NaN in the model")
-            yield groups[first], sum_.moments()
+            yield groups[first], found.moments()
 
 
 def weight_gradients(
@@ -203,9 +203,9 @@ def inputs_of(model: nn.Module, layers: Mapping[str, nn.Module], batch: Batch) -
 
 
 def reading_together(model: nn.Module, targets: Mapping[str, Any], batch: Batch) -> dict[str, list[str]]:
-    """Layers that are called with the same tensors, such as query, key and value: {the first of them: all}."""
+    """Layers that a batch shows to read the same tensors, such as query, key and value: {the first of them: all}."""
     groups: dict[tuple[int, ...], list[str]] = {}
-    found = inputs_of(model, targets, batch)
+    found = inputs_of(model, targets, batch)  # holds the tensors, so that no two have the same id
     for name, inputs in found.items():
         if not inputs:
             raise ValueError(
