@@ -224,15 +224,10 @@ def tensors_of(layers: Mapping[str, AdapterLayer], parts: Iterable[Part]) -> dic
     return tensors
 
 
-def of_layer(name: str, layer: AdapterLayer, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What a file holds of one layer."""
-    return {key: tensors[f"{PREFIX}{name}.{key}"] for key in layer.to_file()}
-
-
 def fill(layers: Mapping[str, AdapterLayer], parts: Iterable[Part], tensors: Mapping[str, Tensor]) -> None:
     """Put a file's values into layers and parts; ``check_tensors`` has seen that they fit."""
     for name, layer in layers.items():
-        layer.from_file(of_layer(name, layer, tensors))
+        layer.from_file({key: tensors[f"{PREFIX}{name}.{key}"] for key in layer.to_file()})
     for part in parts:
         part.from_file(tensors)
 
@@ -285,7 +280,7 @@ def check_tensors(
             raise ValueError(f"{path}: {key!r} holds {tensors[key].dtype} numbers, expected {parameter.dtype}")
     for name, layer in layers.items():
         try:
-            layer.check_file(of_layer(name, layer, tensors))
+            layer.check_file({key: tensors[f"{PREFIX}{name}.{key}"] for key in layer.to_file()})
         except ValueError as error:
             raise ValueError(f"{path}: {name}: {error}") from None
 
