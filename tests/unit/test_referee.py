@@ -255,6 +255,17 @@ def test_the_best_rate_and_whether_it_lies_at_the_edge():
     assert standing(FEW, record, entrant, "small") is None
 
 
+def test_rates_that_are_added_later_take_no_result_away():
+    entrant, record = invented([5.0] * 7 + [4.0] + [5.0] * 2)
+    before = standing(FEW, record, entrant, "small")
+    rates = entrant.rates_for("tiny")
+    wider = dataclasses.replace(entrant, rates=(rates[0] / 2, *rates, 2 * rates[-1]))
+    assert tuned(FEW, record, wider, "small") is None  # no seed is begun before the new rates are known
+    assert standing(FEW, record, wider, "small") == before
+    entrant, record = invented([None] * 4 + [4.5] + [None] * 5)
+    assert standing(FEW, record, wider, "small").at_edge  # of what was tried
+
+
 def test_seeds_are_named_once_the_tuning_is_recorded():
     entrant, record = invented([5.0] * 7 + [4.0] + [5.0] * 2, seeds=())
     seeds = [job for job in referee.runs(FEW, record, [entrant]) if job["stage"] == "seed"]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_edu.core.adapter import AdapterLayer
+from lora_edu.core.adapter import AdapterLayer, adapter_layers
 from lora_edu.core.config import LoraConfig
 from lora_edu.core.inject import inject
 from lora_edu.core.matching import layer_index
@@ -217,11 +217,10 @@ def _prepared(settings: dict[str, Any]) -> tuple[nn.Module, dict[str, list]]:
 
 def exchange_starts(model: nn.Module) -> None:
     """Set every A to zero and draw every B as A usually is: uniform, its variance 1 / (3 · its inputs, which are r)."""
-    for name, parameter in model.named_parameters():
-        if name.endswith("lora_A"):
-            nn.init.zeros_(parameter)
-        elif name.endswith("lora_B"):
-            nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
+    for layer in adapter_layers(model).values():
+        A, B = layer.adapter_parameters()
+        nn.init.zeros_(A)
+        nn.init.kaiming_uniform_(B, a=math.sqrt(5))
 
 
 @cache

@@ -1,6 +1,7 @@
 """What the referee's record says: the tuned rate and batch of each entrant on each task, its results, and verdicts."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ from lora_edu.lab.recording.records import Spread, spread
 from lora_edu.lab.recording.tasks import Plan, Task
 
 Line = dict[str, Any]  # a run of the record: its job and its results
+ENOUGH_RATES = 5  # to show what came out; an entrant may list more
 
 
 @dataclass(frozen=True)
@@ -56,20 +58,33 @@ def tuned(plan: Plan, record: dict[str, Any], entrant: Entrant, name: str) -> tu
 
     Runs at rates that the entrant no longer lists are left aside.
     """
-    wanted = tuning_jobs(plan, entrant, name)
-    found = [line for line in lines(record, stage="tune", method=entrant.name, task=name) if line["job"] in wanted]
-    if len(found) < len(wanted):
+    found = _tried(plan, record, entrant, name)
+    if len(found) < len(tuning_jobs(plan, entrant, name)):
         return None
     best = min(found, key=_badness)["job"]
     return best["rate"], best["batch"]
 
 
+def _tried(plan: Plan, record: dict[str, Any], entrant: Entrant, name: str) -> list[Line]:
+    """The tuning runs at rates that were tried with every batch."""
+    wanted = tuning_jobs(plan, entrant, name)
+    found = [line for line in lines(record, stage="tune", method=entrant.name, task=name) if line["job"] in wanted]
+    batches = Counter(line["job"]["rate"] for line in found)
+    return [line for line in found if batches[line["job"]["rate"]] == len(plan.tasks[name].batches)]
+
+
 def standing(plan: Plan, record: dict[str, Any], entrant: Entrant, name: str) -> Standing | None:
-    """An entrant's results on a task; None while something is missing. Time and memory may come later."""
+    """An entrant's results on a task; None while something is missing. Time and memory may come later.
+
+    Rates beyond the first five may come later, too: until then the best of those that were tried counts.
+    """
     task = plan.tasks[name]
-    if (choice := tuned(plan, record, entrant, name)) is None:
+    found = _tried(plan, record, entrant, name)
+    rates = sorted({line["job"]["rate"] for line in found})
+    if len(rates) < min(ENOUGH_RATES, len(entrant.rates_for(task.base))):
         return None
-    rate, batch = choice
+    best = min(found, key=_badness)["job"]
+    rate, batch = best["rate"], best["batch"]
     own = {"method": entrant.name, "task": name}
     runs = [
         line for line in lines(record, stage="seed", rate=rate, batch=batch, **own) if line["job"]["seed"] in plan.seeds
@@ -82,7 +97,6 @@ def standing(plan: Plan, record: dict[str, Any], entrant: Entrant, name: str) ->
     timed = [line for line in lines(record, stage="step", method=entrant.name) if _same_base(plan, line, task)]
     last = timed[-1] if timed else {}
     plain = [line["plain"] for line in finite if line.get("plain") is not None]
-    rates = entrant.rates_for(task.base)
     return Standing(
         score=spread(line[_key(task)] for line in finite),
         rate=rate,
