@@ -547,3 +547,9 @@ def test_it_runs_where_only_what_training_needs_is_installed():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "--method" in done.stdout
+
+
+def test_cards_of_the_same_letters_have_anchors_of_their_own():
+    methods_of_all = {each.method for each in registered_entrants()}
+    assert len({methods.anchor(method) for method in methods_of_all}) == len(methods_of_all)
+    assert methods.anchor("LoRA+") == "lora-1"

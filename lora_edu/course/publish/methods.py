@@ -79,8 +79,14 @@ def refresh(record: Path | None = None, page: Path = PAGE) -> list[Path]:
 
 
 def anchor(method: str) -> str:
-    """A card's anchor on the page, as MyST-Parser makes it from the heading."""
-    return re.sub(r"[^\w\- ]", "", method.strip().lower()).replace(" ", "-")
+    """A card's anchor on the page, as MyST-Parser makes it from the heading: LoRA has ``lora``, LoRA+ ``lora-1``."""
+    alike = dict.fromkeys(each.method for each in registered_entrants() if _slug(each.method) == _slug(method))
+    place = list(alike).index(method) if method in alike else 0
+    return f"{_slug(method)}-{place}" if place else _slug(method)
+
+
+def _slug(heading: str) -> str:
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
 
 
 def _table(task: Task, entrants: Iterable[Entrant], found: Standings, base: list[dict[str, Any]]) -> Iterator[str]:
