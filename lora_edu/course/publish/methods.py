@@ -24,7 +24,7 @@ ABOUT = f"""
 Every method of this library on the same small tasks. On each task its learning rate (five to seven values) and its
 batch size are tuned on the validation split with one seed; then {{seeds}} other seeds run at what was best, and the
 tables show their results on the test split: mean ± standard deviation. All runs of a task see the same number of rows.
-Rates fall linearly after a short warm-up.
+Rates fall linearly after a short warm-up. What starts from data sees the first {start_batches} batches.
 
 *Against {REFERENCE}* compares two means: a difference that is not larger than the larger of the two standard
 deviations is **not evidence**. A rate with a star is the lowest or the highest that was tried, so that a better one
@@ -49,7 +49,12 @@ def methods_page(record: dict[str, Any], plan: Plan = PLAN) -> str:
     """
     entrants = registered_entrants()
     text = ["<!-- Written by lora-edu lessons methods from the record and the methods' cards; do not edit it here. -->"]
-    text += ["", "# Methods", ABOUT.format(seeds=len(plan.seeds), rounds=plan.rounds).rstrip(), ""]
+    text += [
+        "",
+        "# Methods",
+        ABOUT.format(seeds=len(plan.seeds), rounds=plan.rounds, start_batches=plan.start_batches).rstrip(),
+        "",
+    ]
     text += [f"Recorded by `{record['command']}`: {described(record) or NOT_YET}."]
     text += ["", "## Results"]
     found: dict[str, Standings] = {}
