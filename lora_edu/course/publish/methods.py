@@ -24,7 +24,7 @@ ABOUT = f"""
 Every method of this library on the same small tasks. On each task its learning rate (five to seven values) and its
 batch size are tuned on the validation split with one seed; then {{seeds}} other seeds run at what was best, and the
 tables show their results on the test split: mean ± standard deviation. All runs of a task see the same number of rows.
-Rates fall linearly after a short warm-up. What starts from data sees the first {start_batches} batches.
+Rates fall linearly after a short warm-up. What starts from data sees the first {{start_batches}} batches.
 
 *Against {REFERENCE}* compares two means: a difference that is not larger than the larger of the two standard
 deviations is **not evidence**. A rate with a star is the lowest or the highest that was tried, so that a better one
