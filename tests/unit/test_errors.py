@@ -287,7 +287,7 @@ BAD_FILES = {
     "broken JSON": (lambda f: (f / CONFIG_FILE).write_text('{"r": 2,'), ValueError, "not valid JSON"),
     "not text": (lambda f: (f / CONFIG_FILE).write_bytes(b"\xff\xfe\x00"), ValueError, "not valid JSON"),
     "JSON of another kind": (lambda f: (f / CONFIG_FILE).write_text("[1]"), ValueError, "holds a list"),
-    "another method": (lambda f: change_config(f, peft_type="VERA"), ValueError, "peft_type='VERA'"),
+    "another method": (lambda f: change_config(f, peft_type="OFT"), ValueError, "peft_type='OFT'"),
     "no method": (lambda f: change_config(f, peft_type="remove"), ValueError, "peft_type=None"),
     "a rank of zero": (lambda f: change_config(f, r=0), ValueError, "r=0"),
     "trained biases of A and B": (
