@@ -4,7 +4,7 @@ Idea: Before training, the gradients of the full weights are averaged over a few
 gradient is large get more ranks. A starts at random as in LoRA, and B so that s · B A is as much of a step against the
 gradient as a product with this A can be: training starts with one step of gradient descent behind it.
 Formula: B₀ = −(γ √(in / r) / s) · G A⁺, with A⁺ = Aᵀ (A Aᵀ)⁻¹, so that s · B₀ A = −γ √(in / r) · G A⁺ A; layer i gets
-rᵢ = round(aᵢ · Σⱼ r √(inⱼ + outⱼ) / √(inᵢ + outᵢ)) ranks, where aᵢ is its part of the sum of all mean |W ⊙ G|
+rᵢ = round(aᵢ · Σⱼ r √(inⱼ + outⱼ) / √(inᵢ + outᵢ)) ranks, where aᵢ is its part of the sum of all mean abs(W ⊙ G)
 Cost: a few forward and backward passes through the full weights before training, and memory for the gradients of some
 layers at a time. Then it is LoRA, with about as many numbers.
 Merging: as LoRA's: W + s · B A.
@@ -127,7 +127,7 @@ class GoraConfig(LoraConfig):
 
 
 def importance_of(layer: Any, gradient: Tensor) -> float:
-    """mean |W ⊙ G|: to first order, how much the loss depends on changes in proportion to the weights.
+    """mean abs(W ⊙ G): to first order, how much the loss depends on changes in proportion to the weights.
 
     Source: He et al. 2025, equation 5.
     """
