@@ -35,7 +35,7 @@ from lora_edu.core.entrants import register_entrant
 from lora_edu.core.layer import LoRAConv1D, LoRALinear
 from lora_edu.core.lora_entrants import RATES
 from lora_edu.core.methods import register
-from lora_edu.variants.from_data import Batch, Moments, exactly, features, input_moments, started_builder
+from lora_edu.variants.from_data import Batch, Moments, exactly, features, input_moments, settings_in, started_builder
 from lora_edu.variants.qlora import QLoRALinear
 
 
@@ -111,7 +111,7 @@ def prepare(config: LoraConfig, model: nn.Module, batches: Iterable[Batch]) -> d
         TypeError: if ``eva_config`` is something else, or a batch is no dictionary.
         ValueError: if the batches do not do; see ``input_moments``.
     """
-    settings = settings_of(config)
+    settings = settings_in(config, "eva_config", EvaConfig)
     ignored = settings.label_mask_value if settings.use_label_mask else None
     asked = {name: config.rank_of(name) for name in config.targets}
     found: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
@@ -140,18 +140,6 @@ def prepare(config: LoraConfig, model: nn.Module, batches: Iterable[Batch]) -> d
     config.rank_pattern = {exactly(name): ranks[name] for name in starts if ranks[name] != config.r}
     config.alpha_pattern = {exactly(name): alphas[name] for name in starts if alphas[name] != config.lora_alpha}
     return starts
-
-
-def settings_of(config: LoraConfig) -> EvaConfig:
-    """The config's ``eva_config``, or the defaults.
-
-    Raises:
-        TypeError: if it is something else.
-    """
-    settings = config.eva_config
-    if settings is not None and not isinstance(settings, EvaConfig):
-        raise TypeError(f"eva_config={settings!r}: expected an EvaConfig(...), or None for its defaults")
-    return settings or EvaConfig()
 
 
 def check_ranks(ranks: Mapping[str, int], budget: int) -> None:

@@ -273,6 +273,18 @@ def started_builder(layer_class: type[LoRALinear]) -> Build:
     return build
 
 
+def settings_in(config: LoraConfig, field: str, kind: type[Any]) -> Any:
+    """The settings of a start that stand in this field of the config, or their defaults.
+
+    Raises:
+        TypeError: if it is something else.
+    """
+    settings = getattr(config, field)
+    if settings is not None and not isinstance(settings, kind):
+        raise TypeError(f"{field}={settings!r}: expected {kind.__name__}(...), or None for its defaults")
+    return settings or kind()
+
+
 def exactly(name: str) -> str:
     """The key of ``rank_pattern`` that fits the module of this name and no other."""
     return f"^{re.escape(name)}"

@@ -35,7 +35,7 @@ from lora_edu.core.config import LoraConfig
 from lora_edu.core.entrants import register_entrant
 from lora_edu.core.methods import InjectionContext, register
 from lora_edu.lowrank import truncated_svd
-from lora_edu.variants.from_data import Batch, features, weight_gradients
+from lora_edu.variants.from_data import Batch, features, settings_in, weight_gradients
 from lora_edu.variants.shifted import ShiftedConv1D, ShiftedLinear, Start, as_plain_lora, shifted_builder
 
 DIRECTIONS = ("ArBr", "A2rBr", "ArB2r", "random")
@@ -112,7 +112,7 @@ def prepare(config: LoraConfig, model: nn.Module, batches: Iterable[Batch]) -> d
         TypeError: if ``lora_ga_config`` is something else, or a batch is no dictionary.
         ValueError: if a layer has no 2r directions, or the batches do not do; see ``weight_gradients``.
     """
-    settings_of(config)
+    settings_in(config, "lora_ga_config", LoraGAConfig)  # says so if it is something else
     for name, layer in config.targets.items():
         most, r = min(features(layer)), config.rank_of(name)
         if 2 * r > most:
@@ -124,21 +124,10 @@ def prepare(config: LoraConfig, model: nn.Module, batches: Iterable[Batch]) -> d
     return {name: truncated_svd(gradient, 2 * config.rank_of(name)) for name, gradient in gradients}
 
 
-def settings_of(config: LoraConfig) -> LoraGAConfig:
-    """The config's ``lora_ga_config``, or the defaults.
-
-    Raises:
-        TypeError: if it is something else.
-    """
-    settings = config.lora_ga_config
-    if settings is not None and not isinstance(settings, LoraGAConfig):
-        raise TypeError(f"lora_ga_config={settings!r}: expected a LoraGAConfig(...), or None for its defaults")
-    return settings or LoraGAConfig()
-
-
 def start_of(name: str, config: LoraConfig, context: InjectionContext) -> Start:
     """The start of one layer, from the gradient that ``prepare`` decomposed."""
-    return partial(lora_ga_start, gradient=context.shared.pop(name), settings=settings_of(config))
+    settings = settings_in(config, "lora_ga_config", LoraGAConfig)
+    return partial(lora_ga_start, gradient=context.shared.pop(name), settings=settings)
 
 
 def file_fields(fields: dict[str, Any]) -> dict[str, Any]:

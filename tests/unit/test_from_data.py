@@ -236,10 +236,10 @@ def test_settings_of_another_start_are_ignored_with_a_warning():
 @pytest.mark.parametrize(
     ("name", "settings", "error", "says"),
     [
-        ("EVA", {"eva_config": {"rho": 2}}, TypeError, "expected an EvaConfig"),
+        ("EVA", {"eva_config": {"rho": 2}}, TypeError, r"eva_config=.*expected EvaConfig\("),
         ("EVA", {"use_dora": True}, ValueError, "use_dora=True|init_lora_weights='eva'"),
         ("EVA", {"target_modules": ["embed_tokens"]}, ValueError, "is a Embedding, which EVA cannot adapt"),
-        ("LoRA-GA", {"lora_ga_config": 3}, TypeError, "expected a LoraGAConfig"),
+        ("LoRA-GA", {"lora_ga_config": 3}, TypeError, r"lora_ga_config=3: expected LoraGAConfig\("),
         ("LoRA-GA", {"r": 9}, ValueError, r"takes 2r = 18 singular directions.*\(16, 16\).*r ≤ 8"),
         ("LoRA-GA", {"lora_alpha": 0}, ValueError, "lora_alpha=0"),
         ("GoRA", {"lora_alpha": 0}, ValueError, "lora_alpha=0"),
