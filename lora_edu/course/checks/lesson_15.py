@@ -5,7 +5,6 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lora_edu.course.checks.report import Report, Wrong, run_steps
@@ -14,6 +13,7 @@ from lora_edu.course.checks.tools import (
     is_several,
     is_tensor,
     known_slip,
+    need_untouched,
     need_whole,
     normal,
     shape_or_type,
@@ -73,14 +73,12 @@ def bottleneck(candidate: Callable[..., Any], hint: int = 1) -> Report:
 
     def untouched() -> None:
         given = drawn()
-        before = [each.clone() for each in given]
-        candidate(*given)
-        if not all(torch.equal(one, other) for one, other in zip(before, given, strict=True)):
-            raise Wrong(
-                "your function writes into what it was given, and the model still needs it",
-                "Which of your operations work in place?",
-                "Use h + …, which makes a new tensor, not h += ….",
-            )
+        need_untouched(
+            lambda: candidate(*given),
+            given,
+            "your function writes into what it was given, and the model still needs it",
+            "Use h + …, which makes a new tensor, not h += ….",
+        )
 
     steps = [
         ("with U and u at zero it gives back h", start),
@@ -214,14 +212,13 @@ def merged_scale(candidate: Callable[..., Any], hint: int = 1) -> Report:
         weight, bias, out, _ = drawn()
         scale = normal(out)
         assert bias is not None
-        given = weight.clone(), bias.clone(), scale.clone()
-        candidate(*given, False)
-        if not all(torch.equal(one, other) for one, other in zip(given, (weight, bias, scale), strict=True)):
-            raise Wrong(
-                "your function writes into what it was given, so that nothing could be unmerged",
-                "Which of your operations work in place?",
-                "Use *, not *=.",
-            )
+        given = weight, bias, scale
+        need_untouched(
+            lambda: candidate(*given, False),
+            given,
+            "your function writes into what it was given, so that nothing could be unmerged",
+            "Use *, not *=.",
+        )
 
     steps = [
         ("scaled outputs: the rows of W, and b", outputs),

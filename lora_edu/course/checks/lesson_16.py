@@ -18,6 +18,7 @@ from lora_edu.course.checks.tools import (
     known_slip,
     low_rank,
     need_number,
+    need_untouched,
     normal,
     shape_or_type,
     small_llama,
@@ -87,14 +88,8 @@ def pissa_start(candidate: Callable[..., Any], hint: int = 1) -> Report:
 
     def untouched() -> None:
         W, r, s = drawn()
-        before = W.clone()
-        candidate(W, r, s)
-        if not torch.equal(W, before):
-            raise Wrong(
-                "your function writes into W, and the base must stay as it is",
-                "Which of your operations work in place?",
-                whole,
-            )
+        symptom = "your function writes into W, and the base must stay as it is"
+        need_untouched(lambda: candidate(W, r, s), [W], symptom, whole)
 
     def deficient() -> None:
         W = low_rank(12, 9, 2)

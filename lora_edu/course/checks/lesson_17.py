@@ -17,6 +17,7 @@ from lora_edu.course.checks.tools import (
     is_several,
     is_tensor,
     known_slip,
+    need_untouched,
     normal,
     shape_or_type,
     values_of,
@@ -124,16 +125,13 @@ def dora_forward(candidate: Callable[..., Any], hint: int = 1) -> Report:
                 )
 
     def untouched() -> None:
-        given = drawn()
-        before = [each.clone() for each in given]
-        x, W, b, A, B, m = given
-        candidate(x, W, b, A, B, 2.0, m)
-        if not all(torch.equal(one, other) for one, other in zip(before, given, strict=True)):
-            raise Wrong(
-                "your function writes into what it was given, and the model still needs it",
-                "Which of your operations work in place?",
-                "Use W + …, which makes a new tensor, not W += ….",
-            )
+        *given, m = drawn()
+        need_untouched(
+            lambda: candidate(*given, 2.0, m),
+            [*given, m],
+            "your function writes into what it was given, and the model still needs it",
+            "Use W + …, which makes a new tensor, not W += ….",
+        )
 
     steps = [
         ("with B at zero and m = ‖W‖ it is the frozen layer", start),

@@ -164,6 +164,14 @@ def need_refusal(
     raise Wrong(symptom if isinstance(symptom, str) else symptom(got), question, fix)
 
 
+def need_untouched(call: Callable[[], Any], given: Sequence[Tensor], symptom: str, fix: str) -> None:
+    """Raise ``Wrong`` if the call changes one of the tensors that it is given."""
+    before = [each.clone() for each in given]
+    call()
+    if not all(torch.equal(one, other) for one, other in zip(before, given, strict=True)):
+        raise Wrong(symptom, "Which of your operations work in place?", fix)
+
+
 def known_slip(
     got: Any,
     slips: Iterable[tuple[Any, str]],
