@@ -137,9 +137,9 @@ register_entrant(
     method="Prompt tuning",
     config=lambda place: PromptTuningConfig(num_virtual_tokens=20, prompt_tuning_init="SAMPLE_VOCAB"),
     rates={
-        "tiny": (2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1, 2e-1),
+        "tiny": (2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1, 2e-1, 5e-1),
         "smollm2-135m": (2e-3, 5e-3, 1e-2, 2e-2, 5e-2),
-        "minilm": (2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1, 2e-1),
+        "minilm": (2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1, 2e-1, 5e-1),
     },
     card=__doc__,
 )

@@ -160,6 +160,6 @@ register_entrant(
     "loftq-r8",
     method="LoftQ",
     config=lambda place: LoraConfig(r=8, lora_alpha=16, target_modules=place.targets, init_lora_weights="loftq"),
-    rates=RATES,
+    rates=RATES | {"minilm": (*RATES["minilm"], 1e-2, 2e-2)},
     card=__doc__,
 )

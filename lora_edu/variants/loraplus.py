@@ -112,7 +112,7 @@ register_entrant(
     config=_config,
     optimizer=_optimizer,
     rates={  # η_A; B's is 16 times as large
-        "tiny": (1e-4, 2e-4, 5e-4, 1e-3, 2e-3),
+        "tiny": (2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3),
         "smollm2-135m": (2e-5, 5e-5, 1e-4, 2e-4, 5e-4),
         "minilm": (5e-5, 1e-4, 2e-4, 5e-4, 1e-3),
     },

@@ -88,7 +88,7 @@ register_entrant(
     rates={
         "tiny": (2e-4, 5e-4, 1e-3, 2e-3, 5e-3),
         "smollm2-135m": (5e-5, 1e-4, 2e-4, 5e-4, 1e-3),
-        "minilm": (5e-5, 1e-4, 2e-4, 5e-4, 1e-3),
+        "minilm": (5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3),
     },
     card=__doc__,
 )

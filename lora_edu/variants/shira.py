@@ -200,6 +200,10 @@ register_entrant(
     "shira-r8",
     method="SHiRA",
     config=lambda place: ShiraConfig(r=8, target_modules=place.targets),
-    rates=(2e-4, 5e-4, 1e-3, 2e-3, 5e-3),
+    rates={
+        "tiny": (2e-4, 5e-4, 1e-3, 2e-3, 5e-3),
+        "smollm2-135m": (2e-4, 5e-4, 1e-3, 2e-3, 5e-3),
+        "minilm": (2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2),
+    },
     card=__doc__,
 )

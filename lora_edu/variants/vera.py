@@ -253,6 +253,6 @@ register_entrant(
     "vera-r256",
     method="VeRA",
     config=lambda place: VeraConfig(r=256, target_modules=place.targets),
-    rates=(2e-3, 5e-3, 1e-2, 2e-2, 5e-2),
+    rates=(2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1, 2e-1),
     card=__doc__,
 )
