@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.compiler import config as compiler_config
 from torch.utils.checkpoint import checkpoint
 
 from lora_edu.core.config import LoraConfig
@@ -23,6 +24,7 @@ from lora_edu.nf4 import NF4_CODE, NF4State, PackedParameter, check_weight, dequ
 
 TABLES = ("pairs", "absmax_code")  # the same for every layer, so that no state_dict holds them
 BUFFERS = (*TABLES, "absmax", "absmax_scales", "absmax_offset")
+SHAPES = 64  # of weights in one process, each with a kernel of its own
 CAN_FUSE = find_spec("triton") is not None  # what torch.compile writes kernels in
 
 
@@ -63,6 +65,8 @@ def _dense(about: tuple[Any, ...], stored: Sequence[Any], into: torch.dtype) -> 
 @cache
 def _fused() -> Callable[..., Tensor]:
     """``dequantize_nf4`` as one kernel, compiled for each shape when it first occurs."""
+    # It serves all models of the process; beyond the compiler's usual limit, 8, further shapes would run uncompiled.
+    compiler_config.recompile_limit = max(compiler_config.recompile_limit, SHAPES)
     return torch.compile(lambda about, stored, into: dequantize_nf4(_state(about, stored), into), dynamic=False)
 
 

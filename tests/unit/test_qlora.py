@@ -1,12 +1,15 @@
 """A base in four bits: what is stored, kept for the backward pass, moved and cast, and what is refused."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.testing import CompileCounter
+from torch.compiler import config as compiler_config
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from lora_edu import LoraConfig, count_parameters, dequantize_base, inject, load_adapter, quantize_base, save_adapter
@@ -16,6 +19,7 @@ from lora_edu.core.layer import LoRALinear
 from lora_edu.core.state import adapter_state
 from lora_edu.counting.measure import saved_bytes
 from lora_edu.nf4 import INT4_CODE, dequantize_nf4, quantize_nf4
+from lora_edu.variants import four_bit_base
 from lora_edu.variants.four_bit_base import NF4Linear
 from lora_edu.variants.qlora import QLoRALinear
 
@@ -300,4 +304,19 @@ def test_the_compiler_keeps_no_dequantised_weight(backend):
     (grad,) = torch.autograd.grad(y.square().sum(), x)
     assert torch.allclose(y, expected, atol=1e-6)
     assert torch.allclose(grad, expected_grad, atol=1e-6)
+    torch._dynamo.reset()
+
+
+def test_every_shape_gets_a_kernel(monkeypatch):
+    counted = CompileCounter()
+    monkeypatch.setattr(four_bit_base.torch, "compile", partial(torch.compile, backend=counted))
+    monkeypatch.setattr(compiler_config, "recompile_limit", compiler_config.recompile_limit)
+    four_bit_base._fused.cache_clear()
+    torch._dynamo.reset()
+    for out_features in range(8, 100, 8):  # twelve, where the compiler's own limit is eight
+        packed = NF4Linear(quantize_nf4(torch.randn(out_features, 64), double_quant=True))
+        found = four_bit_base._fused()(packed.about, packed.stored, torch.float32)
+        assert torch.equal(found, packed.weight)
+    assert counted.frame_count == 12
+    four_bit_base._fused.cache_clear()
     torch._dynamo.reset()
