@@ -96,7 +96,7 @@ def register_entrant(
         name: what it is asked for by, ``lora-edu full-run referee --method dora-r8``; new settings, new name: results
             are kept under it.
         method: the heading of its card. Several entrants of one method share the card.
-        rates: the learning rates to tune over, rising, five to seven of them; one tuple for all bases, or base →
+        rates: the learning rates to tune over, rising, five to eight of them; one tuple for all bases, or base →
             tuple, and then it enters on these bases only. The best should lie inside: the referee marks it if it does
             not, and rates that are added then leave what is recorded as it is.
         card: a text with a paragraph for each of ``PARAGRAPHS``, most often the file's docstring. A paragraph ends at

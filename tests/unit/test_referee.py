@@ -410,13 +410,40 @@ def test_a_rate_at_the_edge_has_a_star_and_a_classifier_percent():
     _, record = invented([4.0] + [5.0] * 9)
     record |= {"command": "python x", "machines": []}
     plan = Plan(tasks={"small": SMALL}, seeds=(0, 1))
-    assert [row for row in methods.methods_page(record, plan).splitlines() if r"| 0.001\* | 4 |" in row]
+    page = methods.methods_page(record, plan)
+    assert [row for row in page.splitlines() if r"| 0.001\* | 4 |" in row]
+    assert methods.EDGE in page
+    inside = invented([5.0, 4.0] + [5.0] * 8)[1] | {"command": "python x", "machines": []}
+    assert methods.EDGE not in methods.methods_page(inside, plan)
     for line in record["runs"]:
         if line["job"]["stage"] == "seed":
             line["test accuracy"] = 0.75
     small = dataclasses.replace(SMALL, classes=2)
     rates = dataclasses.replace(entrant_called("lora-r2"), rates=entrant_called("lora-r2").rates_for("tiny"))
     assert standing(Plan(tasks={"small": small}, seeds=(0, 1)), record, rates, "small").score.mean == 0.75
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "classes", "number", "says"),
+    [
+        ((0.75, 0.75), 2, 0, "75.0 ± 0.0 % |"),
+        ((0.75, 0.5), 2, 1, "%, 1 seed at chance |"),
+        ((0.49, 0.51), 2, 2, "%, 2 seeds at chance |"),
+        ((0.49, 0.11), 10, 1, "%, 1 seed at chance |"),
+    ],
+)
+def test_seeds_that_learnt_nothing_are_counted(accuracies, classes, number, says):
+    _, record = invented([4.0] * 10)
+    record |= {"command": "python x", "machines": []}
+    for line in record["runs"]:
+        line["validation accuracy"] = 0.5
+        if line["job"]["stage"] == "seed":
+            line["test accuracy"] = accuracies[line["job"]["seed"]]
+    plan = Plan(tasks={"small": dataclasses.replace(SMALL, classes=classes)}, seeds=(0, 1))
+    assert standing(plan, record, entrant_called("lora-r2"), "small").at_chance == number
+    assert [
+        row for row in methods.methods_page(record, plan).splitlines() if row.startswith("| [lora-r2]") and says in row
+    ]
 
 
 def test_the_page_says_once_what_its_results_are_and_where_they_come_from():
@@ -493,12 +520,12 @@ def test_entrants_that_are_refused(empty, changes, says):
         register_entrant("mine", **good)
 
 
-def test_everything_that_is_entered_has_five_to_seven_rates_and_a_place():
+def test_everything_that_is_entered_has_five_to_eight_rates_and_a_place():
     for entrant in registered_entrants():
         places = [task.place for task in TASKS.values() if entrant.enters(task.place)]
         assert places, entrant.name
         for place in places:
-            assert 5 <= len(entrant.rates_for(place.base)) <= 7, entrant.name
+            assert 5 <= len(entrant.rates_for(place.base)) <= 8, entrant.name
 
 
 def test_their_order_does_not_depend_on_which_file_was_imported_first(monkeypatch):

@@ -21,19 +21,20 @@ NOT_YET = "not measured yet"
 Standings = dict[str, Standing | None]  # by entrant, on one task
 
 ABOUT = f"""
-Every method of this library on the same small tasks. On each task its learning rate (five to seven values) and its
+Every method of this library on the same small tasks. On each task its learning rate ({{rates}} values) and its
 batch size are tuned on the validation split with one seed; then {{seeds}} other seeds run at what was best, and the
 tables show their results on the test split: mean ± standard deviation. All runs of a task see the same number of rows.
 Rates fall linearly after a short warm-up. What starts from data sees the first {{start_batches}} batches.
 
 *Against {REFERENCE}* compares two means: a difference that is not larger than the larger of the two standard
-deviations is **not evidence**. A rate with a star is the lowest or the highest that was tried, so that a better one
-may lie outside. *Plain loss* is the loss on a hundred plain definitions after training: how much is forgotten of what
-the base could do. *Step* is the time of a training step as a ratio to {REFERENCE}'s, the median of {{rounds}} pairs
-that one process alone measures in turns. {REFERENCE}'s own ratio is that of one copy of it against another, and not
-exactly 1 because the time of a step varies from one to the next. *Memory* is the peak of a step on the GPU. These are
-small models and short runs: the order of methods may be another on yours.
+deviations is **not evidence**. Seeds *at chance* ended with a classifier that does no better than a guess.{{edge}}
+*Plain loss* is the loss on a hundred plain definitions after training: how much is forgotten of what the base could
+do. *Step* is the time of a training step as a ratio to {REFERENCE}'s, the median of {{rounds}} pairs that one process
+alone measures in turns. {REFERENCE}'s own ratio is that of one copy of it against another, and not exactly 1 because
+the time of a step varies from one to the next. *Memory* is the peak of a step on the GPU. These are small models and
+short runs: the order of methods may be another on yours.
 """
+EDGE = "\nA rate with a star is the lowest or the highest that was tried, so that a better one may lie outside."
 OWN_RESULTS = f"""
 Each card ends with the method's results from the tables above: test loss or accuracy, and in brackets how it compares
 with {REFERENCE}.
@@ -49,25 +50,36 @@ def methods_page(record: dict[str, Any], plan: Plan = PLAN) -> str:
     """
     entrants = registered_entrants()
     text = ["<!-- Written by lora-edu lessons methods from the record and the methods' cards; do not edit it here. -->"]
-    text += [
-        "",
-        "# Methods",
-        ABOUT.format(seeds=len(plan.seeds), rounds=plan.rounds, start_batches=plan.start_batches).rstrip(),
-        "",
-    ]
-    text += [f"Recorded by `{record['command']}`: {described(record) or NOT_YET}."]
-    text += ["", "## Results"]
     found: dict[str, Standings] = {}
+    tables: list[str] = []
     for name, task in plan.tasks.items():
         here = [entrant for entrant in entrants if entrant.enters(task.place)]
         found[name] = {entrant.name: standing(plan, record, entrant, name) for entrant in here}
         base = lines(record, stage="base", task=name)
-        text += ["", f"### {task.title or name}", "", *_table(task, here, found[name], base)]
+        tables += ["", f"### {task.title or name}", "", *_table(task, here, found[name], base)]
+    text += ["", "# Methods", _about(entrants, found, plan), ""]
+    text += [f"Recorded by `{record['command']}`: {described(record) or NOT_YET}.", "", "## Results", *tables]
     text += ["", "## Cards", "", OWN_RESULTS]
     for method in dict.fromkeys(entrant.method for entrant in entrants):
         own = [entrant for entrant in entrants if entrant.method == method]
         text += ["", *_card(method, own, found, plan)]
     return "\n".join(text) + "\n"
+
+
+def _about(entrants: Iterable[Entrant], found: dict[str, Standings], plan: Plan) -> str:
+    """What the tables show and how it was made."""
+    tried = {
+        len(each.rates_for(task.base)) for each in entrants for task in plan.tasks.values() if each.enters(task.place)
+    }
+    fewest, most = min(tried), max(tried)
+    starred = any(each and each.at_edge for standings in found.values() for each in standings.values())
+    return ABOUT.format(
+        rates=fewest if fewest == most else f"{fewest} to {most}",
+        seeds=len(plan.seeds),
+        edge=EDGE if starred else "",
+        rounds=plan.rounds,
+        start_batches=plan.start_batches,
+    ).rstrip()
 
 
 def refresh(record: Path | None = None, page: Path = PAGE) -> list[Path]:
@@ -113,7 +125,9 @@ def _table(task: Task, entrants: Iterable[Entrant], found: Standings, base: list
 
 
 def _cells(task: Task, name: str, each: Standing, reference: Standing | None) -> list[str]:
-    score = _score(task, each.score) + (f", {each.diverged} seeds diverged" if each.diverged else "")
+    score = _score(task, each.score)
+    for number, ended in ((each.diverged, "diverged"), (each.at_chance, "at chance")):
+        score += f", {number} {'seed' if number == 1 else 'seeds'} {ended}" if number else ""
     compared = "" if reference is None or name == REFERENCE else verdict(task, each.score, reference.score)
     plain = f"{each.plain.mean:.3f} ± {each.plain.sd:.3f}" if each.plain else ""
     step = "" if each.step_ratio is None else f"{each.step_ratio:.2f}"

@@ -12,6 +12,7 @@ from lora_edu.lab.recording.tasks import Plan, Task
 
 Line = dict[str, Any]  # a run of the record: its job and its results
 ENOUGH_RATES = 5  # to show what came out; an entrant may list more
+NEAR = 0.02  # to chance, of an accuracy
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Standing:
         rate, batch: as tuned.
         at_edge: the rate is the lowest or the highest that was tried, so that a better one may lie outside.
         diverged: how many seeds ended without a finite loss.
+        at_chance: how many seeds ended with a classifier that is right no oftener than one that guesses, to two points.
         plain: loss on plain definitions after training; None for a classifier.
         trainable, file_bytes: numbers that train, and the size of their file.
         step_ratio: time of a step against the reference's; None where it was not measured.
@@ -34,6 +36,7 @@ class Standing:
     batch: int
     at_edge: bool
     diverged: int
+    at_chance: int
     plain: Spread | None
     trainable: int
     file_bytes: int
@@ -103,6 +106,7 @@ def standing(plan: Plan, record: dict[str, Any], entrant: Entrant, name: str) ->
         batch=batch,
         at_edge=rate in (rates[0], rates[-1]),
         diverged=len(runs) - len(finite),
+        at_chance=sum(line["test accuracy"] < 1 / task.classes + NEAR for line in finite) if task.classes else 0,
         plain=spread(plain) if plain else None,
         trainable=runs[0]["trainable"],
         file_bytes=runs[0]["file_bytes"],
