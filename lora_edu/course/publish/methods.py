@@ -11,7 +11,7 @@ from typing import Any
 from lora_edu.core.entrants import Entrant, registered_entrants
 from lora_edu.files import ROOT, data_path, write_atomically
 from lora_edu.lab.recording import referee
-from lora_edu.lab.recording.records import Spread, described
+from lora_edu.lab.recording.records import described
 from lora_edu.lab.recording.standings import Standing, lines, ranked, standing, verdict
 from lora_edu.lab.recording.tasks import PLAN, Plan, Task
 from lora_edu.lab.recording.trials import REFERENCE
@@ -27,7 +27,8 @@ tables show their results on the test split: mean ± standard deviation. All run
 Rates fall linearly after a short warm-up. What starts from data sees the first {{start_batches}} batches.
 
 *Against {REFERENCE}* compares two means: a difference that is not larger than the larger of the two standard
-deviations is **not evidence**. Seeds *at chance* ended with a classifier that does no better than a guess.{{edge}}
+deviations is **not evidence**. Seeds *at chance* ended with a classifier less than two points better than a
+guess.{{edge}}
 *Plain loss* is the loss on a hundred plain definitions after training: how much is forgotten of what the base could
 do. *Step* is the time of a training step as a ratio to {REFERENCE}'s, the median of {{rounds}} pairs that one process
 alone measures in turns. {REFERENCE}'s own ratio is that of one copy of it against another, and not exactly 1 because
@@ -125,15 +126,13 @@ def _table(task: Task, entrants: Iterable[Entrant], found: Standings, base: list
 
 
 def _cells(task: Task, name: str, each: Standing, reference: Standing | None) -> list[str]:
-    score = _score(task, each.score)
-    for number, ended in ((each.diverged, "diverged"), (each.at_chance, "at chance")):
-        score += f", {number} {'seed' if number == 1 else 'seeds'} {ended}" if number else ""
     compared = "" if reference is None or name == REFERENCE else verdict(task, each.score, reference.score)
     plain = f"{each.plain.mean:.3f} ± {each.plain.sd:.3f}" if each.plain else ""
     step = "" if each.step_ratio is None else f"{each.step_ratio:.2f}"
     memory = "" if each.peak_bytes is None else f"{each.peak_bytes / 2**20:,.0f} MiB"
     rate = f"{each.rate:g}" + (r"\*" if each.at_edge else "")
-    return [score, compared, plain, rate, str(each.batch), f"{each.trainable:,}", _size(each.file_bytes), step, memory]
+    numbers = f"{each.trainable:,}"
+    return [_result(task, each), compared, plain, rate, str(each.batch), numbers, _size(each.file_bytes), step, memory]
 
 
 def _card(method: str, entrants: list[Entrant], found: dict[str, Standings], plan: Plan) -> Iterator[str]:
@@ -149,17 +148,20 @@ def _card(method: str, entrants: list[Entrant], found: dict[str, Standings], pla
             if entrant.name not in found[name]:
                 continue
             own, reference = found[name][entrant.name], found[name].get(REFERENCE)
-            said = NOT_YET if own is None else _score(task, own.score)
+            said = NOT_YET if own is None else _result(task, own)
             if own and reference and entrant.name != REFERENCE:
                 said += f" ({verdict(task, own.score, reference.score)})"
             results.append(f"{task.title or name} {said}")
         yield f"- `{entrant.name}`: {'; '.join(results)}"
 
 
-def _score(task: Task, score: Spread) -> str:
-    if task.classes:
-        return f"{100 * score.mean:.1f} ± {100 * score.sd:.1f} %"
-    return f"{score.mean:.3f} ± {score.sd:.3f}"
+def _result(task: Task, each: Standing) -> str:
+    """The score with its spread, and how many seeds came to nothing."""
+    mean, sd = each.score.mean, each.score.sd
+    said = f"{100 * mean:.1f} ± {100 * sd:.1f} %" if task.classes else f"{mean:.3f} ± {sd:.3f}"
+    for number, ended in ((each.diverged, "diverged"), (each.at_chance, "at chance")):
+        said += f", {number} {'seed' if number == 1 else 'seeds'} {ended}" if number else ""
+    return said
 
 
 def _number(task: Task, value: float | None) -> str:

@@ -24,7 +24,7 @@ class Standing:
         rate, batch: as tuned.
         at_edge: the rate is the lowest or the highest that was tried, so that a better one may lie outside.
         diverged: how many seeds ended without a finite loss.
-        at_chance: how many seeds ended with a classifier that is right no oftener than one that guesses, to two points.
+        at_chance: how many seeds ended with a classifier that is less than two points better than a guess.
         plain: loss on plain definitions after training; None for a classifier.
         trainable, file_bytes: numbers that train, and the size of their file.
         step_ratio: time of a step against the reference's; None where it was not measured.
