@@ -7,8 +7,8 @@ Idea: LoRA keeps an update small by its rank. One may as well keep it small by i
 the weight, as many numbers as LoRA has, chosen once, train, and the update may have full rank.
 Formula: y = (W + S) x, where S is zero but at the chosen places
 Cost: r · (in + out) numbers train in each adapted layer, and the file holds their places too. Here S is formed as a
-dense matrix in each pass, so a step takes the time and memory of a second layer of W's size; sparse kernels could save
-that, and nothing is lost once S is merged.
+dense matrix in each pass, and its gradient, too, so a step takes the memory of a second weight of W's size; sparse
+kernels could save that, and nothing is lost once S is merged.
 Merging: exact up to one rounding: W + S is a plain weight, of which few entries changed.
 Papers: [Bhardwaj et al. 2024](https://arxiv.org/abs/2407.16712) report up to 2.7 % more than LoRA on commonsense
 reasoning with one to two in a hundred weights trained, adapters that switch faster, and several that disturb each

@@ -6,8 +6,8 @@ Idea: LoRA's A and B need not train. One random pair serves every layer; each la
 inner directions, and one for each of its outputs.
 Formula: y = W x + λ_b ⊙ B (λ_d ⊙ (A x)), with A (r, in) and B (out, r) random, frozen and cut from one shared pair
 Cost: r + out numbers train in each adapted layer, few enough that r may be 256. The two products of that width are
-computed all the same, so a step takes more time than LoRA's of a small rank, not less. The random pair is in the file,
-or only its seed.
+computed all the same, so a step takes no less time than LoRA's of a small rank. The random pair is in the file, or only
+its seed.
 Merging: exact up to one rounding: W + diag(λ_b) B diag(λ_d) A is a plain weight.
 Papers: [Kopiczko et al. 2023](https://arxiv.org/abs/2310.11454) report LoRA's quality on GLUE and E2E with about a
 tenth of its numbers. [Bałazy et al. 2024](https://arxiv.org/abs/2405.17604) (LoRA-XS) train an r × r matrix between two
