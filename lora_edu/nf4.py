@@ -168,7 +168,7 @@ def rounded_to_code(weight: Tensor, code: Tensor, block_size: int = 64) -> Tenso
 
 
 def rounded_to_int(weight: Tensor, bits: int = 4, block_size: int = 64) -> Tensor:
-    """The weight after rounding to 2^bits equal steps between each block's minimum and maximum: integers with offset.
+    """The weight after rounding to 2^bits even levels between each block's minimum and maximum: integers with offset.
 
     A block stores two numbers, its minimum and its step.
 
