@@ -413,6 +413,7 @@ def test_a_rate_at_the_edge_has_a_star_and_a_classifier_percent():
     page = methods.methods_page(record, plan)
     assert [row for row in page.splitlines() if r"| 0.001\* | 4 |" in row]
     assert methods.EDGE in page
+    assert "learning rate (5 to 8 values)" in page
     inside = invented([5.0, 4.0] + [5.0] * 8)[1] | {"command": "python x", "machines": []}
     assert methods.EDGE not in methods.methods_page(inside, plan)
     for line in record["runs"]:
